@@ -75,8 +75,12 @@ struct Args {
     /// Rows per micro-batch.
     #[arg(long, default_value_t = 32, help_heading = "Training")]
     batch_size: usize,
+    /// Rows per batch of an evaluation or prediction. Default: 64; of a decoder 16, or --batch-size if that is
+    /// less.
+    #[arg(long, help_heading = "Evaluation and output")]
+    eval_batch_size: Option<usize>,
     /// The maximum number of tokens in a row, special ones included; a pair is cut at its longer text first.
-    /// Default: 128; with --predict that of the run.
+    /// Default: 128; with --predict that of the run, or else the model's.
     #[arg(long, help_heading = "Model and data")]
     max_length: Option<usize>,
     /// Posterior draws to average besides the mean (monteclora and blob). Default: 10 in the table, else 0.
@@ -101,8 +105,9 @@ impl Args {
     /// Warns about given options that a prediction does not read.
     fn tell_unread_by_predict(&self, given: &Given) {
         let all = Self::command();
-        let read = "model revision task adapter predict text_column text_pair_column label_column max_length posterior_samples \
-                    device dtype quantize output";
+        let read =
+            "model revision task adapter predict text_column text_pair_column label_column max_length \
+                    eval_batch_size positive_class posterior_samples device dtype quantize output";
         let read: Vec<&str> = read.split_whitespace().collect();
         let options = all.get_arguments().map(|option| option.get_id().as_str());
         let unread: Vec<&str> = options.filter(|option| !read.contains(option)).collect();
@@ -142,6 +147,7 @@ fn run(processes: &Processes) -> Outcome {
             revision: args.revision.as_deref(),
             trained: args.method.adapter.as_deref(),
             max_length: args.max_length,
+            eval_batch_size: args.eval_batch_size,
             samples: args.posterior_samples.unwrap_or(0),
             dtype: common::dtype(&args.dtype)?,
             quantize: args.quantize,
@@ -229,11 +235,21 @@ fn tune(
         tell_err!("{model}: {note}");
     }
     classifier.model.set_checkpoint_layers(args.train.checkpoint_layers);
+    let positive = args.tables.positive_class.as_deref();
+    positive.map_or(Ok(()), |name| classifier.set_positive_class(name))?;
+    let metric = goal.metric.as_str();
+    if let Some(positive) = classifier.positive_class().filter(|_| metric == "f1") {
+        tell_err!("{name}: f1 is measured of the class {positive} (--positive-class)");
+    }
+    // Of a decoder, whose batches take more memory, no more rows than fit in training.
+    let most = if config.is_decoder() { args.batch_size } else { usize::MAX };
+    let eval_batch_size = args.eval_batch_size.unwrap_or(classifier.eval_batch_size().min(most));
+    classifier.set_eval_batch_size(eval_batch_size)?;
     let mut dev = Vec::new();
     for (split, examples) in &data.dev {
         let rows = encoder.encode(examples)?;
         tell_cut(split, &rows, length);
-        let batches = train::batches(&classifier, &rows, 64)?;
+        let batches = train::batches(&classifier, &rows, eval_batch_size)?;
         dev.push(Split { name: split.clone(), rows, batches });
     }
 
@@ -248,7 +264,6 @@ fn tune(
     )?;
     let log = writes.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
     let bar = processes.progress(0, name);
-    let metric = goal.metric.as_str();
     let evaluate = |bar: &ProgressBar, step| evaluate(&classifier, &dev, metric, bar, step, processes);
     // The settings that a prediction reads are written first.
     let save = |dir: &Path| {
@@ -263,7 +278,10 @@ fn tune(
     let mut checkpoints = out.map(|dir| args.train.checkpoints(dir, model, held_out));
     // Only if given: the default metric follows from settings that are compared already.
     if let (Some(checkpoints), Some(metric)) = (&mut checkpoints, &args.tables.metric) {
-        checkpoints.settings.insert("metric".to_string(), metric.clone());
+        let of_first = classifier.labels.name(0).filter(|_| metric == "f1");
+        let of_first = of_first.filter(|class| classifier.positive_class() == Some(*class));
+        let metric = of_first.map_or(metric.clone(), |class| format!("{metric} of {class}"));
+        checkpoints.settings.insert("metric".to_string(), metric);
     }
     let params = &classifier.params;
     let summary = match args.train.epochs {
@@ -293,6 +311,7 @@ fn tune(
         metrics[format!("posterior{suffix}")] = evaluation["posterior"].clone();
         if i == 0 && goal.columns.is_some() {
             metrics["labels"] = json!(goal.labels.names());
+            metrics["positive_class"] = json!(classifier.positive_class());
             metrics["classes"] = serde_json::to_value(predictions.class_scores()?)?;
         }
         if let Some(dir) = writes {
@@ -308,17 +327,6 @@ fn tune(
         draw_curves(dir)?;
     }
     Ok(metrics)
-}
-
-/// Reports how many rows may have been cut.
-fn tell_cut(name: &str, rows: &[Encoded], length: usize) {
-    let full = rows.iter().filter(|row| row.ids.len() >= length).count();
-    if full > 0 {
-        let total = rows.len();
-        tell_err!(
-            "--max-length {length}: {full} of {total} {name} rows have this length or were truncated to it"
-        );
-    }
 }
 
 struct Split {

@@ -28,7 +28,8 @@ pub struct Metrics {
     /// The share of rows whose most probable class is the label.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<f64>,
-    /// F1 of class 1; only for two classes.
+    /// F1 of the positive one of two classes, which is class 1 unless another is named
+    /// (`Classifier::set_positive_class`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub f1: Option<f64>,
     /// The mean of the classes' F1; only set by [`Self::of_own_data`].
@@ -76,7 +77,7 @@ impl Metrics {
         let predicted: Vec<u32> = probabilities.iter().map(|p| argmax(p) as u32).collect();
         Ok(Self {
             accuracy: Some(accuracy(&predicted, labels)?),
-            f1: if classes == 2 { Some(f1(&predicted, labels)?) } else { None },
+            f1: if classes == 2 { Some(f1(&predicted, labels, 1)?) } else { None },
             matthews: Some(matthews(&predicted, labels)?),
             nll: Some(nll(probabilities, labels)?),
             ece: Some(ece(probabilities, labels)?),
@@ -165,15 +166,16 @@ pub fn accuracy(predicted: &[u32], labels: &[u32]) -> Result<f64> {
     Ok(right as f64 / labels.len() as f64)
 }
 
-/// F1 of class 1; 0 if class 1 is neither predicted nor a label.
+/// F1 of the class `positive`; 0 if it is neither predicted nor a label.
 ///
 /// # Errors
 /// As [`accuracy`].
-pub fn f1(predicted: &[u32], labels: &[u32]) -> Result<f64> {
+pub fn f1(predicted: &[u32], labels: &[u32], positive: u32) -> Result<f64> {
     same_length(predicted.len(), labels.len())?;
-    let ones = |values: &[u32]| values.iter().filter(|v| **v == 1).count() as f64;
-    let both = predicted.iter().zip(labels).filter(|(p, l)| **p == 1 && **l == 1).count() as f64;
-    let total = ones(predicted) + ones(labels);
+    let count = |values: &[u32]| values.iter().filter(|v| **v == positive).count() as f64;
+    let both =
+        predicted.iter().zip(labels).filter(|(p, l)| **p == positive && **l == positive).count() as f64;
+    let total = count(predicted) + count(labels);
     Ok(if total == 0.0 { 0.0 } else { 2.0 * both / total })
 }
 

@@ -12,7 +12,7 @@ use monteclora::util::files;
 use monteclora::{Labels, Pass};
 
 use super::output::{tell, tell_err};
-use super::rows::{Input, TableOptions};
+use super::rows::{tell_cut, Input, TableOptions};
 use super::{download, Outcome};
 
 /// A prediction to make.
@@ -28,6 +28,7 @@ pub struct Request<'a> {
     /// The folder of an adapter, a model or a run.
     pub trained: Option<&'a Path>,
     pub max_length: Option<usize>,
+    pub eval_batch_size: Option<usize>,
     /// The number of posterior draws to average; 0 for the mean.
     pub samples: usize,
     pub dtype: DType,
@@ -54,8 +55,11 @@ impl Request<'_> {
             }
         };
         let input = self.trained.map(Input::find).transpose()?.flatten();
-        let of_run = input.as_ref().map_or(128, |input| input.max_length);
-        classifier.set_max_length(self.max_length.unwrap_or(of_run.min(classifier.max_length())))?;
+        let of_run = input.as_ref().map(|input| input.max_length.min(classifier.config().longest()));
+        classifier.set_max_length(self.max_length.or(of_run).unwrap_or(classifier.max_length()))?;
+        self.eval_batch_size.map_or(Ok(()), |rows| classifier.set_eval_batch_size(rows))?;
+        let positive = self.options.positive_class.as_deref();
+        positive.map_or(Ok(()), |name| classifier.set_positive_class(name))?;
         if self.rows.is_dir() {
             return self.submit(classifier);
         }
@@ -95,6 +99,7 @@ impl Request<'_> {
     }
 
     fn predict(&self, classifier: &Classifier, examples: &[Example]) -> Outcome<Vec<Prediction>> {
+        tell_cut("predicted", &classifier.encode(examples)?, classifier.max_length());
         Ok(match self.samples {
             0 => classifier.predict(examples, &Pass::Mean)?,
             samples => classifier.predict_averaged(examples, samples)?,

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use monteclora::data::encode::Encoded;
 use monteclora::data::split::{at, stratified, Subset};
 use monteclora::data::table::{Columns, DataSet, ProblemType, Target};
 use monteclora::data::task::{Label, Splits, Task};
@@ -9,6 +10,7 @@ use monteclora::metrics::Metrics;
 use monteclora::{Labels, Noise};
 use serde::{Deserialize, Serialize};
 
+use super::output::tell_err;
 use super::Outcome;
 
 // Your own tables: CSV, TSV, JSON lines or parquet.
@@ -35,10 +37,15 @@ pub struct TableOptions {
     /// classification or regression. Default: regression if labels have fractions, else classification.
     #[arg(long)]
     pub problem_type: Option<String>,
-    /// The metric that picks the best step: accuracy, f1, macro_f1, weighted_f1, matthews, nll, ece or brier; for
-    /// regression pearson, spearman or mse. Default: accuracy; for regression pearson; for GLUE the task's own.
+    /// The metric that picks the best step: accuracy, f1 (of two classes, that of --positive-class), macro_f1,
+    /// weighted_f1, matthews, nll, ece or brier; for regression pearson, spearman or mse. Default: accuracy; for
+    /// regression pearson; for GLUE the task's own.
     #[arg(long)]
     pub metric: Option<String>,
+    /// The class that f1 is measured of, if there are two. Default: the second, in numerical or alphabetical order
+    /// or that of the task.
+    #[arg(long, value_name = "NAME")]
+    pub positive_class: Option<String>,
 }
 
 /// How the rows of a run were read, so that a prediction reads its rows in the same way.
@@ -130,6 +137,17 @@ impl Goal {
         counts.extend(data.counts().iter().map(|c| format!("{:<24} {:>8} {:>8}", c.name, c.train, c.dev)));
         counts.push(format!("{:<24} {:>8} {:>8}", "all rows", data.train.len(), data.dev.len()));
         Ok((goal, Splits { train: data.train, dev: vec![("dev".into(), data.dev)] }, counts))
+    }
+}
+
+/// Reports how many rows may have been cut.
+pub fn tell_cut(name: &str, rows: &[Encoded], length: usize) {
+    let full = rows.iter().filter(|row| row.ids.len() >= length).count();
+    if full > 0 {
+        let total = rows.len();
+        tell_err!(
+            "--max-length {length}: {full} of {total} {name} rows have this length or were truncated to it"
+        );
     }
 }
 

@@ -49,11 +49,11 @@ fn three_classes_agree_with_scikit_learn_and_have_no_f1() -> Result<()> {
 fn scores_of_predicted_classes_agree_with_scikit_learn() -> Result<()> {
     let (l, p) = ([0, 1, 1, 0, 1, 0, 1, 1], [0, 1, 0, 0, 1, 1, 1, 1]);
     close(accuracy(&p, &l)?, 0.75); // accuracy_score([0,1,1,0,1,0,1,1], [0,1,0,0,1,1,1,1])
-    close(f1(&p, &l)?, 0.8); // f1_score([0,1,1,0,1,0,1,1], [0,1,0,0,1,1,1,1])
+    close(f1(&p, &l, 1)?, 0.8); // f1_score([0,1,1,0,1,0,1,1], [0,1,0,0,1,1,1,1])
     close(matthews(&p, &l)?, 0.4666666666666667); // matthews_corrcoef of the same
     let (l, p) = ([0, 1, 2, 2, 1, 0, 2, 1], [0, 2, 2, 1, 1, 0, 2, 0]);
     close(matthews(&p, &l)?, 0.4523809523809524); // matthews_corrcoef([0,1,2,2,1,0,2,1], [0,2,2,1,1,0,2,0])
-    assert_eq!((matthews(&[1, 1, 1], &[0, 1, 1])?, f1(&[0, 0], &[0, 0])?), (0.0, 0.0));
+    assert_eq!((matthews(&[1, 1, 1], &[0, 1, 1])?, f1(&[0, 0], &[0, 0], 1)?), (0.0, 0.0));
     Ok(())
 }
 

@@ -195,6 +195,11 @@ impl SequenceConfig {
         }
     }
 
+    /// Whether the model is a decoder, whose head reads the last token.
+    pub fn is_decoder(&self) -> bool {
+        matches!(self.architecture, Architecture::Decoder(_))
+    }
+
     /// The tensors of the head that have one row per output.
     pub fn output_tensors(&self) -> &'static [&'static str] {
         match &self.architecture {

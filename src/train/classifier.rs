@@ -61,6 +61,9 @@ pub struct Classifier {
     config: SequenceConfig,
     files: ModelFiles,
     pub(super) max_length: usize,
+    pub(super) eval_batch_size: usize,
+    /// The class whose F1 is measured, of two.
+    pub(super) positive: u32,
     /// Created from the files on first use.
     pub(super) encoder: OnceLock<TextEncoder>,
 }
@@ -149,6 +152,7 @@ impl Classifier {
             tracing::warn!("{}: {note}", files.config_path().display());
         }
         let max_length = config.max_length().saturating_sub(method.virtual_tokens());
+        let eval_batch_size = if config.is_decoder() { 16 } else { 64 };
         Ok(Self {
             model,
             params,
@@ -159,6 +163,8 @@ impl Classifier {
             config,
             files: files.clone(),
             max_length,
+            eval_batch_size,
+            positive: 1,
             encoder: OnceLock::new(),
         })
     }

@@ -27,6 +27,7 @@ pub struct Predictions {
     /// The average over posterior draws, if requested.
     pub posterior: Option<Vec<Vec<f64>>>,
     labels: Vec<Label>,
+    positive: u32,
 }
 
 /// Computes the metrics of class probabilities and labels.
@@ -131,7 +132,7 @@ impl Predictions {
         let mean =
             if regression { outputs.clone() } else { outputs.iter().map(|row| softmax(row)).collect() };
         let labels = rows.iter().map(|row| row.label).collect();
-        Ok(Self { logits: outputs, mean, posterior, labels })
+        Ok(Self { logits: outputs, mean, posterior, labels, positive: classifier.positive })
     }
 
     /// Returns the labels of the rows, in order.
@@ -172,7 +173,10 @@ impl Predictions {
             labelled.push(row.clone());
         }
         if scores.is_empty() {
-            of_classes(&labelled, &classes)
+            let metrics = of_classes(&labelled, &classes)?;
+            let predicted: Vec<u32> = labelled.iter().map(|row| argmax(row) as u32).collect();
+            let of_positive = |_| metrics::f1(&predicted, &classes, self.positive);
+            Ok(Metrics { f1: metrics.f1.map(of_positive).transpose()?, ..metrics })
         } else {
             let predictions: Vec<f64> = labelled.iter().filter_map(|row| row.first().copied()).collect();
             Metrics::regression(&predictions, &scores)

@@ -13,9 +13,6 @@ use crate::error::{Error, Result};
 use crate::metrics::{softmax, uncertainty, Metrics, Uncertainty};
 use crate::predict::{logits, posterior_draws, posterior_scores, Prediction};
 
-/// The number of rows per batch.
-const BATCH: usize = 64;
-
 impl Classifier {
     /// Tokenises examples with the model's tokeniser, up to [`Self::max_length`] tokens each.
     ///
@@ -41,6 +38,48 @@ impl Classifier {
         Ok(())
     }
 
+    /// The number of texts per batch of [`Self::evaluate`], [`Self::predict`] and [`Self::predict_averaged`]: 64 of
+    /// an encoder and 16 of a decoder, unless [`Self::set_eval_batch_size`] set another.
+    pub fn eval_batch_size(&self) -> usize {
+        self.eval_batch_size
+    }
+
+    /// Sets the number of texts per batch: fewer take less memory.
+    ///
+    /// # Errors
+    /// If it is 0.
+    pub fn set_eval_batch_size(&mut self, rows: usize) -> Result<()> {
+        if rows == 0 {
+            return Err(Error::config("eval_batch_size", "must be at least 1"));
+        }
+        self.eval_batch_size = rows;
+        Ok(())
+    }
+
+    /// The positive one of two classes, of which F1 is measured ([`Metrics::f1`]): the second, unless
+    /// [`Self::set_positive_class`] named the first. `None` if there are not two.
+    pub fn positive_class(&self) -> Option<&str> {
+        self.labels.name(self.positive as usize).filter(|_| self.labels.len() == 2)
+    }
+
+    /// Sets the positive one of two classes, like scikit-learn's `pos_label`.
+    ///
+    /// # Errors
+    /// If there are not two classes, or none has this name.
+    pub fn set_positive_class(&mut self, name: &str) -> Result<()> {
+        match self.labels.index_of(name).filter(|_| self.labels.len() == 2) {
+            Some(class) => {
+                self.positive = class as u32;
+                Ok(())
+            }
+            None => {
+                let known = self.labels.names().join(", ");
+                let reason = format!("expected one of two classes, got {name} of {known}");
+                Err(Error::config("positive_class", reason))
+            }
+        }
+    }
+
     /// Evaluates labelled examples at the posterior mean, with all metrics of [`Metrics::of_own_data`].
     ///
     /// # Errors
@@ -48,7 +87,7 @@ impl Classifier {
     /// predicts.
     pub fn evaluate(&self, examples: &[Example]) -> Result<Metrics> {
         let rows = self.encode(examples)?;
-        let predictions = Predictions::new(self, &rows, &batches(self, &rows, BATCH)?, 0)?;
+        let predictions = Predictions::new(self, &rows, &batches(self, &rows, self.eval_batch_size)?, 0)?;
         Ok(predictions.evaluate_own_data()?.mean)
     }
 
@@ -110,7 +149,7 @@ impl Classifier {
             return Ok(None);
         }
         let examples: Vec<Example> = texts.iter().cloned().map(Into::into).collect();
-        batches(self, &self.encode(&examples)?, BATCH).map(Some)
+        batches(self, &self.encode(&examples)?, self.eval_batch_size).map(Some)
     }
 
     /// Creates an encoder of at most `max_length` tokens with the model's tokeniser.

@@ -1,4 +1,4 @@
-//! The `glue` example on the command line: help, options without effect, closed or full outputs, logs.
+//! The examples `glue` and `llama` on the command line: help, options without effect, closed or full outputs, logs.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::{json, Value};
 
-use crate::kill::glue;
+use crate::kill::{example, glue};
 use crate::support::{skipped, Outcome};
 
 /// The example and a small task.
@@ -18,9 +18,8 @@ struct Home {
 impl Home {
     fn new() -> Outcome<Self> {
         let dir = tempfile::tempdir()?;
-        let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets/sst2");
         for (file, rows) in [("train.tsv", 8), ("dev.tsv", 4)] {
-            let text = fs::read_to_string(assets.join(file))?;
+            let text = fs::read_to_string(asset("sst2").join(file))?;
             let head: String = text.split_inclusive('\n').take(rows + 1).collect();
             fs::write(dir.path().join(file), head)?;
         }
@@ -55,6 +54,11 @@ fn said(output: Output) -> Outcome<String> {
     } else {
         Err(format!("{}: {text}", output.status).into())
     }
+}
+
+/// The path of a bundled folder.
+fn asset(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets").join(name)
 }
 
 /// The write end of a pipe without a reader.
@@ -158,9 +162,13 @@ fn a_run_of_no_epoch_measures_and_replaces_nothing() -> Outcome {
 
     home.run("fresh", "--method lora --rank 2 --epochs 0")?;
     assert!(home.out("fresh").join("metrics.json").exists() && !home.out("fresh").join("adapter").exists());
-    // An adapter that the run was given is written.
-    home.run("given", &format!("--epochs 0 --adapter {}", adapter.display()))?;
-    assert!(home.out("given").join("adapter/adapter_model.safetensors").exists());
+    // An adapter that the run was given is written, also if its folder is that of the run.
+    for (out, given) in [("given", adapter), ("of-run", home.out("run"))] {
+        home.run(out, &format!("--epochs 0 --adapter {}", given.display()))?;
+        assert!(home.out(out).join("adapter/adapter_model.safetensors").exists());
+    }
+    let error = home.run("run", &format!("--adapter {}", home.out("run").display())).unwrap_err().to_string();
+    assert!(error.contains("would overwrite the folder that it starts from"), "{error}");
     Ok(())
 }
 
@@ -186,5 +194,109 @@ fn a_run_logs_steps_evaluations_and_events_and_a_resumed_one_goes_on() -> Outcom
     home.run("run", &format!("{options} --resume --allow-change epochs --epochs 2"))?;
     assert_eq!(steps(&lines("evaluations.jsonl")?), (1..=4).map(Some).collect::<Vec<_>>());
     assert_eq!(events()?, 2);
+    Ok(())
+}
+
+#[test]
+fn f1_is_of_the_class_that_is_named() -> Outcome {
+    let home = Home::new()?;
+    let f1 = |out: &str, more: &str| -> Outcome<(String, Value)> {
+        let said = home.run(out, &format!("--method lora --rank 2 --metric f1 {more}"))?;
+        Ok((said, serde_json::from_slice(&fs::read(home.out(out).join("metrics.json"))?)?))
+    };
+    let (said, plain) = f1("plain", "")?;
+    assert!(said.contains("lora: f1 is measured of the class positive (--positive-class)"), "{said}");
+    let (said, other) = f1("other", "--positive-class Negative")?;
+    assert!(said.contains("lora: f1 is measured of the class negative (--positive-class)"), "{said}");
+    // One class alone of two has the mean of both only by accident.
+    let of = |metrics: &Value| metrics["mean"]["f1"].as_f64().ok_or("no f1");
+    let both = (of(&plain)? + of(&other)?) / 2.0;
+    assert!(
+        (plain["mean"]["macro_f1"].as_f64().ok_or("no macro F1")? - both).abs() < 1e-12,
+        "{plain} {other}"
+    );
+    let error = f1("none", "--positive-class maybe").unwrap_err().to_string();
+    assert!(error.contains("got maybe of negative, positive"), "{error}");
+    // The score that picks the best step is another one.
+    let resume = "--resume --allow-change metric,epochs --epochs 2 --positive-class negative";
+    let (said, _) = f1("plain", resume)?;
+    assert!(said.contains("scores from before the change of metric do not compare"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn a_prediction_reads_texts_to_the_length_of_the_run_or_else_of_the_model() -> Outcome {
+    let home = Home::new()?;
+    let model = asset("stories260k");
+    home.run("run", &format!("--method lora --rank 2 --max-length 8 --model {}", model.display()))?;
+    let adapter = home.out("alone");
+    fs::create_dir(&adapter)?;
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::copy(home.out("run").join("adapter").join(file), adapter.join(file))?;
+    }
+    // Two texts that differ only far behind their first 128 tokens.
+    let rows = home.out("rows.csv");
+    let long = "once upon a time there was a little girl ".repeat(20);
+    fs::write(&rows, format!("text\n{long}who sang\n{long}and a dog\n"))?;
+    let predict = |options: &str| -> Outcome<(Vec<String>, String)> {
+        let mut command = Command::new(&home.glue);
+        command.arg("--predict").arg(&rows).args(options.split_whitespace()).env("RAYON_NUM_THREADS", "1");
+        let output = command.output()?;
+        let table = String::from_utf8(output.stdout.clone())?;
+        let rows = table.lines().skip(1).filter_map(|line| line.split_once(','));
+        Ok((rows.map(|(_, row)| row.to_string()).collect(), said(output)?))
+    };
+    let (rows, told) = predict(&format!("--adapter {}", adapter.display()))?;
+    assert_eq!(rows.len(), 2);
+    assert_ne!(rows[0], rows[1]);
+    assert!(!told.contains("--max-length"), "{told}");
+    // One at a time gives the same, up to rounding.
+    let number = |row: &str| row.split(',').nth(1).and_then(|p| p.parse::<f64>().ok()).ok_or("a probability");
+    let (alone, _) = predict(&format!("--adapter {} --eval-batch-size 1", adapter.display()))?;
+    assert!((number(&alone[0])? - number(&rows[0])?).abs() < 1e-5, "{alone:?} {rows:?}");
+    for options in [
+        format!("--adapter {} --max-length 128", adapter.display()),
+        format!("--adapter {}", home.out("run").display()),
+    ] {
+        let (rows, told) = predict(&options)?;
+        assert_eq!(rows[0], rows[1], "{options}");
+        assert!(told.contains("2 of 2 predicted rows have this length or were truncated to it"), "{told}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_language_model_trains_on_plain_texts_whether_or_not_a_sample_has_a_first_token() -> Outcome {
+    let home = Home::new()?;
+    let (llama, model, texts) = (example("llama")?, home.out("model"), home.out("texts.txt"));
+    fs::create_dir(&model)?;
+    for entry in fs::read_dir(asset("stories260k"))? {
+        let path = entry?.path();
+        fs::copy(&path, model.join(path.file_name().ok_or("a name")?))?;
+    }
+    // Like the tokenizers of Qwen and SmolLM, it adds no token of its own.
+    let tokenizer = model.join("tokenizer.json");
+    let mut json: Value = serde_json::from_slice(&fs::read(&tokenizer)?)?;
+    json["post_processor"] = Value::Null;
+    fs::write(&tokenizer, json.to_string())?;
+    fs::write(&texts, "Once upon a time there was a little dog .\n".repeat(20))?;
+    let run = |out: &str, options: &str| {
+        let mut command = Command::new(&llama);
+        command.arg("--model").arg(&model).arg("--data").arg(&texts).arg("--output").arg(home.out(out));
+        command.args(["--format", "text", "--epochs", "1", "--max-length", "32", "--max-new-tokens", "4"]);
+        command.args(options.split_whitespace()).env("RAYON_NUM_THREADS", "1").output()
+    };
+    let output = run("lora", "--method lora --rank 2")?;
+    let told = String::from_utf8(output.stdout.clone())?;
+    said(output)?;
+    assert_eq!(told.matches("Once upon a time there[").count(), 2, "{told}"); // before and after
+                                                                              // A sample that cannot be made is no reason to end a run.
+    let mut empty = Command::new(&llama);
+    empty.arg("--model").arg(&model).arg("--data").arg(&texts).args(["--prompt", "", "--epochs", "0"]);
+    let told = said(empty.args(["--format", "text", "--method", "lora"]).output()?)?;
+    assert!(told.contains("there is no sample: "), "{told}");
+    // Half a width cannot be trained whole.
+    let error = said(run("full", "--method full --dtype bf16")?).unwrap_err().to_string();
+    assert!(error.contains("full fine-tuning trains the base in f32, got bf16"), "{error}");
     Ok(())
 }

@@ -22,12 +22,18 @@ const KILLS: [(&str, u64); 3] = [("monteclora", 26), ("lora", 13), ("full", 13)]
 /// Held while an example is built and copied: a build with other features overwrites the file.
 static BUILDING: Mutex<()> = Mutex::new(());
 
-/// Builds the example with the profile and features of this test.
+/// Builds the example `glue` with the profile and features of this test.
 pub fn glue() -> Outcome<PathBuf> {
+    example("glue")
+}
+
+/// Builds an example with the profile and features of this test.
+pub fn example(name: &str) -> Outcome<PathBuf> {
     let _building = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
-    let built = build(&["glue"], &[])?.pop().ok_or("no example")?;
+    let built = build(&[name], &[])?.pop().ok_or("no example")?;
     // Copied to another name, since a build with other features goes to the same place.
-    let (place, partial) = (built.with_file_name("glue-of-tests"), built.with_file_name("glue-of-tests-new"));
+    let (place, partial) = (format!("{name}-of-tests"), format!("{name}-of-tests-new"));
+    let (place, partial) = (built.with_file_name(place), built.with_file_name(partial));
     std::fs::copy(built, &partial)?;
     std::fs::rename(partial, &place)?;
     Ok(place)

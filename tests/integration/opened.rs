@@ -1,13 +1,15 @@
 //! A whole model that is opened to predict: frozen in the dtype or the blocks that are asked for.
 
 use candle_core::{DType, Device};
+use monteclora::adapters::LoraConfig;
 use monteclora::data::encode::Encoded;
 use monteclora::inject::Targets;
+use monteclora::models::decoder::DecoderConfig;
 use monteclora::models::hub::ModelFiles;
 use monteclora::train::{batches, Classifier, Method, MethodInit, Predictions};
-use monteclora::Noise;
+use monteclora::{Noise, Params};
 
-use crate::finetune::{checkpoint, rows};
+use crate::finetune::{checkpoint, llama_checkpoint, rows};
 use crate::support::{scatter, Outcome};
 
 fn logits(classifier: &Classifier, rows: &[Encoded]) -> Outcome<Vec<f64>> {
@@ -54,5 +56,39 @@ fn a_whole_model_is_frozen_unless_it_can_be_trained_on() -> Outcome {
     }
     let error = load(DType::BF16).map(drop).expect_err("half a width").to_string();
     assert!(error.starts_with("invalid dtype"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn the_base_of_a_method_is_frozen_or_in_single_precision() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let files = llama_checkpoint(dir.path())?;
+    let width = DecoderConfig::from_files(&files)?.hidden_size;
+    let of = |method, dtype| {
+        let (start, params) =
+            (MethodInit::Fresh(method, Targets::default()), Params::new(Noise::new(0), &Device::Cpu));
+        let base = start.base(files.open_weights(dtype, &Device::Cpu)?, &params)?;
+        let norm = base.get(width, "model.norm.weight")?;
+        Ok::<_, monteclora::Error>((norm.dtype(), params.trainable_count()))
+    };
+    let lora = || Method::Lora(LoraConfig::default());
+    assert_eq!(of(lora(), DType::BF16)?, (DType::BF16, 0));
+    assert_eq!(of(Method::Full, DType::F32)?, (DType::F32, width));
+    let error = of(Method::Full, DType::BF16).map(drop).expect_err("half a width").to_string();
+    assert!(error.starts_with("invalid dtype: full fine-tuning trains the base in f32"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn decoders_are_evaluated_in_smaller_batches() -> Outcome {
+    let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    for (files, size) in [(checkpoint(dir.path())?, 64), (llama_checkpoint(other.path())?, 16)] {
+        let start = MethodInit::Fresh(Method::Lora(LoraConfig::default()), Targets::default());
+        let mut classifier = Classifier::load(&files, 2, &start, Noise::new(4), DType::F32, &Device::Cpu)?;
+        assert_eq!(classifier.eval_batch_size(), size);
+        classifier.set_eval_batch_size(3)?;
+        assert_eq!(classifier.eval_batch_size(), 3);
+        assert!(classifier.set_eval_batch_size(0).is_err());
+    }
     Ok(())
 }
