@@ -51,15 +51,19 @@ fn every_recipe_is_trained_and_measured_and_repeats_itself() -> Outcome {
             assert_eq!((result.status, &result.reason), (Status::Done, &None), "{name}");
             let mean = &result.arms["mean"];
             assert!(mean.nll.is_some_and(f64::is_finite) && mean.accuracy.is_some(), "{name}: {mean:?}");
-            let drawn = name.starts_with("monteclora") && name != "monteclora-released";
-            let drawn = drawn || ["ivon", "blob"].contains(&name);
+            let bayesian = name.starts_with("monteclora") && name != "monteclora-released";
+            let drawn = bayesian || ["ivon", "blob"].contains(&name);
             assert_eq!(result.arms.contains_key("3 draws"), drawn, "{name}");
             assert!(!result.arms.contains_key("temperature"), "{name}: nothing was held out");
-            let of_lora = ["mc dropout", "checkpoints", "last-layer laplace", "laplace"];
+            let of_lora = ["mc dropout", "checkpoints", "last-layer laplace"];
             let plain = ["lora", "map", "rslora", "loraplus"].contains(&name);
             assert!(of_lora.iter().all(|arm| result.arms.contains_key(*arm) == plain), "{name}");
+            let of_posterior = ["linearised", "refitted"];
+            assert!(of_posterior.iter().all(|arm| result.arms.contains_key(*arm) == bayesian), "{name}");
+            assert_eq!(result.arms.contains_key("laplace"), plain || bayesian, "{name}");
             let told = match name {
                 _ if plain => 5,
+                _ if bayesian => 7,
                 _ if drawn => 3,
                 _ => 1,
             };

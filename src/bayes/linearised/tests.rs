@@ -66,7 +66,7 @@ fn logits_have_the_covariance_of_the_dense_jacobian_and_of_small_draws() -> Resu
     let plain = logits(&toy, std::slice::from_ref(&all), &Pass::Mean.into())?;
     let taps = Taps::install(&mut toy)?;
     let posterior = LinearisedPosterior::trained(&toy, taps.clone())?;
-    assert_eq!(posterior.variances(), [v.clone()]);
+    assert_eq!(posterior.variances(), std::slice::from_ref(&v));
     let got = posterior.predict(&toy, &[batch(&rows[..1])?, batch(&rows[1..])?])?;
     taps.remove(&mut toy)?;
     got.logits.iter().flatten().zip(plain.iter().flatten()).for_each(|(got, z)| near(*got, *z));

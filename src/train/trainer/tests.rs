@@ -364,7 +364,7 @@ fn under_ivon_losses_are_at_draws_and_the_mean_comes_back_wherever_they_end() ->
     // A non-finite loss at a draw.
     let mut line = Line::new(ROWS)?;
     line.poison = Some(4);
-    let error = line.fit(&config).err().expect("an infinite loss");
+    let error = line.fit(&config).map(drop).expect_err("an infinite loss");
     assert!(matches!(error, Error::NonFinite { step: 1, .. }), "{error}");
     assert_eq!(line.value()?, 0.0);
     Ok(())
