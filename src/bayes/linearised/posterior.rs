@@ -34,6 +34,7 @@ use crate::bayes::precision::most_evident;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
 use crate::monteclora::MonteCLoRA;
+use crate::ops;
 use crate::predict::Predictor;
 
 /// A Gaussian over the A of every tapped layer, with variances by row, and the predictions of the linearised
@@ -115,7 +116,7 @@ impl LinearisedPosterior {
         let scale = read_rows(batches, max_rows, |batch| {
             let record = taps.record(model, batch)?;
             let roots = record.hessian_roots();
-            for (i, layer) in record.layers.iter().step_by(2).enumerate() {
+            for (i, layer) in maps_of_a(&record.layers).enumerate() {
                 let new = Curvature::new(layer, &roots)?;
                 match sums.get_mut(i) {
                     Some(sum) => sum.add(&new),
@@ -125,7 +126,7 @@ impl LinearisedPosterior {
             Ok(())
         })?;
         let mut squared_norm = 0.0;
-        for (_, a) in taps.parameters().iter().step_by(2) {
+        for (_, a) in maps_of_a(&taps.parameters()) {
             squared_norm += a.detach().to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
         }
         // alpha g_i of every row, with the number of its elements.
@@ -159,12 +160,8 @@ impl LinearisedPosterior {
         for batch in batches {
             let record = self.taps.record(model, batch)?;
             let mut sum: Option<Tensor> = None;
-            for (layer, variances) in record.layers.iter().step_by(2).zip(&self.variances) {
-                let covariance = covariance(layer, variances)?;
-                sum = Some(match sum {
-                    Some(sum) => (sum + covariance)?,
-                    None => covariance,
-                });
+            for (layer, variances) in maps_of_a(&record.layers).zip(&self.variances) {
+                sum = Some(ops::joined(sum, covariance(layer, variances)?)?);
             }
             let sum = sum.ok_or_else(|| no_active("MonteCLoRA"))?;
             all.covariances.extend(sum.flatten_from(1)?.to_vec2::<f64>()?);
@@ -172,6 +169,11 @@ impl LinearisedPosterior {
         }
         Ok(all)
     }
+}
+
+/// Those of A, of what taps give for A and B of every layer in turn.
+fn maps_of_a<T>(pairs: &[T]) -> impl Iterator<Item = &T> {
+    pairs.iter().step_by(2)
 }
 
 /// `J (diag(v) (x) 1) J^T` of every example, `(b, c, c)`.
