@@ -204,11 +204,11 @@ fn sensitive(
     let arms = [arm(own)?, arm(against)?];
     let (found, verdict) = match sensitivity::compared(cells, &arms[0], &arms[1]) {
         None => ("no pair".to_string(), Verdict::Undecided("there is nothing to compare".to_string())),
-        Some(test) => {
-            let ratio = test.variances[0] / test.variances[1];
+        Some(found) => {
+            let ratio = found.variances[0] / found.variances[1];
             let ratio = if of == Variation::Deviation { ratio.sqrt() } else { ratio };
             (
-                format!("{}, p {}", number(ratio), chance(test.p)),
+                format!("{}, p {}", number(ratio), found.p.map_or("-".to_string(), chance)),
                 decided(ratio <= most, "it depends more on the learning rate"),
             )
         }

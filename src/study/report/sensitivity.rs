@@ -6,7 +6,7 @@ use std::fmt::Write;
 use super::super::cell::{CellResult, Status};
 use super::super::paired::{row_scores, PairedRows, RowScore};
 use super::super::rows::CellRows;
-use super::super::stats::{mean_regret, pitman_morgan, within_variance, PitmanMorgan};
+use super::super::stats::{mean_regret, pitman_morgan, within_variance};
 use super::arm::{arms, name, number, Arm};
 use super::families::chance;
 use super::pairs::spread;
@@ -35,18 +35,38 @@ fn groups<'a>(
     groups
 }
 
-/// Tests whether the NLL of two arms varies equally over learning rates, in the settings that are done in
-/// both. `None` if an NLL is infinite.
-pub(super) fn compared(cells: &[CellResult], arm: &Arm, against: &Arm) -> Option<PitmanMorgan> {
+/// How much the NLL of two arms varies over learning rates.
+pub(super) struct Compared {
+    /// The variances within task, seed and batch size.
+    pub variances: [f64; 2],
+    /// The p-value of equal variances, if there are enough rates.
+    pub p: Option<f64>,
+}
+
+/// Compares how much the NLL of two arms varies over learning rates, in the settings that are done in both.
+/// The test is of the means over seeds: seeds at one rate share what the rate does, and are no further
+/// evidence about it. `None` if an NLL is infinite or there is too little to compare.
+pub(super) fn compared(cells: &[CellResult], arm: &Arm, against: &Arm) -> Option<Compared> {
     let [own, other] = [arm, against].map(|arm| groups(cells, arm, |_, metrics| metrics.nll));
-    let group = |(key, own): (&Group, &Vec<(f64, f64)>)| {
-        let others = other.get(key)?;
+    let mut by_seed: Vec<Vec<[f64; 2]>> = Vec::new();
+    // By task and batch size, and then by rate (positive, so that bits are in order): the pairs of the seeds.
+    let mut by_rate = BTreeMap::<(&str, usize), BTreeMap<u64, Vec<[f64; 2]>>>::new();
+    for ((task, seed, batch_size), own) in &own {
+        let others = other.get(&(*task, *seed, *batch_size)).map_or(&[][..], Vec::as_slice);
         let partner = |(lr, own): &(f64, f64)| {
-            others.iter().find(|(other, _)| other == lr).map(|(_, other)| [*own, *other])
+            others.iter().find(|(other, _)| other == lr).map(|(_, other)| (lr.to_bits(), [*own, *other]))
         };
-        Some(own.iter().filter_map(partner).collect())
+        let pairs: Vec<(u64, [f64; 2])> = own.iter().filter_map(partner).collect();
+        let rates = by_rate.entry((task, *batch_size)).or_default();
+        pairs.iter().for_each(|(lr, pair)| rates.entry(*lr).or_default().push(*pair));
+        by_seed.push(pairs.into_iter().map(|(_, pair)| pair).collect());
+    }
+    let mean = |pairs: &Vec<[f64; 2]>| {
+        [0, 1].map(|k| pairs.iter().map(|pair| pair[k]).sum::<f64>() / pairs.len() as f64)
     };
-    pitman_morgan(&own.iter().filter_map(group).collect::<Vec<_>>())
+    let means = by_rate.values().map(|rates| rates.values().map(mean).collect());
+    let test = pitman_morgan(&means.collect::<Vec<_>>());
+    Some(Compared { variances: pitman_morgan(&by_seed)?.variances, p: test.map(|test| test.p) })
 }
 
 /// The section about the learning rate; empty if no arm has two learning rates.
@@ -71,7 +91,10 @@ pub(super) fn sensitivity(cells: &[CellResult], baseline: &Arm) -> String {
         let figures = [sd, mean_regret(&nll, true), mean_regret(&accuracy, false), mean_spread(cells, arm)];
         let test = match compared(cells, arm, baseline).filter(|_| arm != baseline) {
             None => "- | -".to_string(),
-            Some(test) => format!("{} | {}", number(test.variances[0] / test.variances[1]), chance(test.p)),
+            Some(found) => {
+                let p = found.p.map_or("-".to_string(), chance);
+                format!("{} | {p}", number(found.variances[0] / found.variances[1]))
+            }
         };
         writeln!(table, "| {} | {} | {test} |", name(arm), figures.map(number).join(" | ")).ok();
     }
@@ -83,8 +106,8 @@ pub(super) fn sensitivity(cells: &[CellResult], baseline: &Arm) -> String {
          task, seed and batch size; mean regret, the cost of a rate chosen at random compared to the best \
          rate of the same method; the paper's spread (best - worst of the metric over all cells of a task), \
          averaged over tasks. A method that is bad at every rate has a small spread, so read it together \
-         with the scores. The ratio of variances compares the variance of the NLL to that of {} in the same \
-         settings, by the Pitman-Morgan test.\n\n| arm | sd of NLL | regret, NLL | regret, accuracy | spread \
+         with the scores. The ratio of variances is to that of {} in the same settings; p is of the \
+         Pitman-Morgan test of their means over seeds.\n\n| arm | sd of NLL | regret, NLL | regret, accuracy | spread \
          | ratio of variances | p |\n|---|---|---|---|---|---|---|\n{table}",
         name(baseline)
     )

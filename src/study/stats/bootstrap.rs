@@ -31,7 +31,7 @@ impl std::fmt::Debug for PairedTask<'_> {
 pub struct TwoLevel {
     /// The mean over seeds, and then over tasks.
     pub estimate: f64,
-    /// The standard error: the standard deviation over resamples.
+    /// The standard error, from the variances over resamples.
     pub error: f64,
     /// The degrees of freedom of the error; infinite if seeds do not differ or every task has one seed.
     pub df: f64,
@@ -48,10 +48,15 @@ pub struct TwoLevel {
 /// they share one development set, and its seeds. Tasks are not redrawn: the result holds for these tasks.
 ///
 /// ```text
-/// T = mean_t mean_s d_ts,    T* = mean_t 1/k_t sum_s w_ts d*_ts,    error = sd(T*)
+/// T = mean_t mean_s d_ts,    T* = mean_t 1/k_t sum_s w_ts d*_ts
 /// w = 1 + sqrt(k / (k - 1)) (m - 1),   m how often a seed was drawn
-/// df = error^4 / sum_t (V_t^2 / (k_t - 1)),   V_t the part of error^2 that t's seeds have
+/// error^2 = V_rows + V_seeds - V_shared,   V_shared = max(0, var T* - V_rows - V_seeds)
+/// df = error^4 / sum_t (V_t^2 / (k_t - 1)),   V_t the part of V_seeds that t has
 /// ```
+///
+/// V_rows is the variance over resamples of the rows alone, V_seeds that over resamples of the seeds alone. What
+/// belongs to a row and a seed together, such as the noise of one training on one row, is in both of them and
+/// a third time in the variance of T*; the error counts it once. It is not less than either variance.
 ///
 /// The weights w give the variance of k seeds, which plain resampling would shrink by (k - 1) / k. Few seeds
 /// also give an uncertain variance: interval and p-value are Student's, with the degrees of freedom of Welch
@@ -79,20 +84,27 @@ pub fn two_level(tasks: &[PairedTask], resamples: usize, noise: Noise) -> Option
     let streams: Vec<[Stream; 2]> = (0..tasks.len())
         .map(|t| ["rows", "seeds"].map(|level| noise.stream(&format!("{level}.{t}"), Purpose::Resample)))
         .collect();
-    let resample = |draw: usize| -> f64 {
+    // T* with the rows redrawn, and with rows and seeds redrawn.
+    let resample = |draw: usize| -> [f64; 2] {
         let of_task = |(task, [rows, seeds]): (&PairedTask, &[Stream; 2])| {
             let differences = (task.differences)(&times(rows, draw as u64, task.rows));
             let k = task.seeds as f64;
             let stretch = if task.seeds > 1 { (k / (k - 1.0)).sqrt() } else { 0.0 };
             let drawn = times(seeds, draw as u64, task.seeds);
             let weighted = drawn.iter().zip(&differences).map(|(m, d)| (1.0 + stretch * (m - 1.0)) * d);
-            weighted.sum::<f64>() / k
+            [differences.iter().sum::<f64>() / k, weighted.sum::<f64>() / k]
         };
-        tasks.iter().zip(&streams).map(of_task).sum::<f64>() / count
+        let add = |sum: [f64; 2], of: [f64; 2]| [sum[0] + of[0] / count, sum[1] + of[1] / count];
+        tasks.iter().zip(&streams).map(of_task).fold([0.0; 2], add)
     };
-    let again: Vec<f64> = (0..resamples).into_par_iter().map(resample).collect();
-    let mean = again.iter().sum::<f64>() / resamples as f64;
-    let variance = again.iter().map(|t| (t - mean).powi(2)).sum::<f64>() / (resamples - 1) as f64;
+    let again: Vec<[f64; 2]> = (0..resamples).into_par_iter().map(resample).collect();
+    let [of_rows, of_both] = [0, 1].map(|k| {
+        let mean = again.iter().map(|t| t[k]).sum::<f64>() / resamples as f64;
+        again.iter().map(|t| (t[k] - mean).powi(2)).sum::<f64>() / (resamples - 1) as f64
+    });
+    let between_seeds: f64 = of_seeds.iter().map(|(part, _)| part).sum();
+    let shared = (of_both - of_rows - between_seeds).max(0.0);
+    let variance = (of_rows + between_seeds - shared).max(of_rows).max(between_seeds);
     if !(estimate.is_finite() && variance.is_finite()) {
         return None;
     }
@@ -157,36 +169,33 @@ mod tests {
     }
 
     #[test]
-    fn the_error_is_that_of_the_resampling_s_own_moments() -> Result<(), &'static str> {
-        // Multinomial weights have var w = 1 and cov w w' = -1 / (k - 1) for seeds, and var v = 1 - 1/n and
-        // cov v v' = -1/n for rows; the variance of the bilinear form is a sum of these.
+    fn the_error_is_that_of_the_mean_squares_of_two_way_tables() -> Result<(), &'static str> {
+        // Without bias, the variance of the mean of a table of random rows and seeds is (MSA + MSB - MSE) / (n k).
         let d = table(4, 30, [0.2, 0.3, 1.0, 0.5], 1);
-        let (k, n) = (4, 30);
-        let cov_seeds = |i: usize, j: usize| if i == j { 1.0 } else { -1.0 / (k as f64 - 1.0) };
-        let cov_rows = |i: usize, j: usize| f64::from(u8::from(i == j)) - 1.0 / n as f64;
-        let of_seed: Vec<f64> = d.iter().map(|row| row.iter().sum()).collect();
-        let of_row: Vec<f64> = (0..n).map(|r| d.iter().map(|row| row[r]).sum()).collect();
-        let mut want = 0.0;
-        for i in 0..k {
-            for j in 0..k {
-                want += cov_seeds(i, j) * of_seed[i] * of_seed[j];
-                for r in 0..n {
-                    want += (0..n).map(|q| cov_seeds(i, j) * cov_rows(r, q) * d[i][r] * d[j][q]).sum::<f64>();
-                }
-            }
-        }
-        for r in 0..n {
-            want += (0..n).map(|q| cov_rows(r, q) * of_row[r] * of_row[q]).sum::<f64>();
-        }
-        let want = want / ((k * n) as f64).powi(2);
+        let (k, n) = (4.0, 30.0);
+        let of_seed: Vec<f64> = d.iter().map(|row| row.iter().sum::<f64>() / n).collect();
+        let of_row: Vec<f64> = (0..30).map(|r| d.iter().map(|row| row[r]).sum::<f64>() / k).collect();
+        let mean = of_seed.iter().sum::<f64>() / k;
+        let between = |means: &[f64]| means.iter().map(|m| (m - mean).powi(2)).sum::<f64>();
+        let rest: f64 = (0..4)
+            .flat_map(|s| (0..30).map(move |r| (s, r)))
+            .map(|(s, r)| (d[s][r] - of_seed[s] - of_row[r] + mean).powi(2))
+            .sum();
+        // Resampling takes 1/n instead of 1/(n - 1) over rows.
+        let seeds = between(&of_seed) / (k - 1.0) / k;
+        let rows = between(&of_row) / n / n;
+        let both = rest / (k - 1.0) / k / n / n;
+        let want = rows + seeds - both;
         const TIMES: usize = 20_000;
         let got = two_level(&[task(&d)], TIMES, Noise::new(1)).ok_or("a result")?;
-        let z = (got.error.powi(2) / want - 1.0) / (2.0 / TIMES as f64).sqrt();
+        // The variance of 2 V_rows - var T*, if the two were independent.
+        let sd = (2.0 / TIMES as f64).sqrt() * (2.0 * rows).hypot(rows + seeds + both);
+        let z = (got.error.powi(2) - want) / sd;
         assert!(z.abs() < 4.0, "{} {want}: {z}", got.error.powi(2));
         // Two such tasks: the same mean, half the variance, and twice the seeds' degrees of freedom.
         let two = two_level(&[task(&d), task(&d)], TIMES, Noise::new(1)).ok_or("a result")?;
         assert!((two.estimate - got.estimate).abs() < 1e-15 && two.df > 1.8 * got.df);
-        assert!((two.error.powi(2) / want * 2.0 - 1.0).abs() < 6.0 * (2.0 / TIMES as f64).sqrt());
+        assert!((two.error.powi(2) / want * 2.0 - 1.0).abs() < 6.0 * sd / want);
         Ok(())
     }
 
@@ -220,9 +229,12 @@ mod tests {
     #[test]
     fn no_difference_is_found_as_seldom_as_promised_whoever_varies_and_a_real_one_often() {
         let sd = (0.05 * 0.95 / 600f64).sqrt();
-        for (seeds, parts) in
-            [(4, [0.0, 1.0, 0.3, 0.3]), (4, [0.0, 0.05, 1.0, 0.2]), (3, [0.0, 0.2, 1.0, 0.1])]
-        {
+        for (seeds, parts) in [
+            (4, [0.0, 1.0, 0.3, 0.3]),
+            (4, [0.0, 0.05, 1.0, 0.2]),
+            (3, [0.0, 0.2, 1.0, 0.1]),
+            (5, [0.0, 0.0, 0.2, 1.0]),
+        ] {
             let z = (rejected(seeds, parts) - 0.05) / sd;
             assert!(z.abs() < 4.0, "{seeds} seeds, {parts:?}: {z}");
         }

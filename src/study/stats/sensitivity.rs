@@ -26,8 +26,9 @@ pub struct PitmanMorgan {
 /// x, y centred in each of g groups;   r = corr(x + y, x - y);   t = r sqrt(df / (1 - r^2)),   df = n - g - 1
 /// ```
 ///
-/// `groups` has the pairs of each group: for example, for a task and seed, the scores of two methods at each
-/// learning rate. Groups with fewer than two pairs are ignored. The test is exact for normal pairs. Returns
+/// `groups` has the pairs of each group: for example, for a task, the scores of two methods at each learning
+/// rate. Groups with fewer than two pairs are ignored. The test is exact for pairs that are independent and normal
+/// within their group. Returns
 /// `None` with a value that is not finite, with less than one degree of freedom, or if neither variable
 /// varies.
 pub fn pitman_morgan(groups: &[Vec<[f64; 2]>]) -> Option<PitmanMorgan> {
