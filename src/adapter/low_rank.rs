@@ -116,12 +116,15 @@ impl LowRank {
         a: &Tensor,
         cx: &Context,
     ) -> candle_core::Result<Tensor> {
+        // In a prediction, tracked parameters would make a graph of every layer.
+        let tracked = |tensor: &Tensor| if cx.is_differentiated() { tensor.clone() } else { tensor.detach() };
+        let (a, b) = (&tracked(a), &tracked(&self.b));
         let Some(weight) = base.dense() else {
             let dropped = self.dropped(xs, cx)?;
             let xs_low = dropped.as_ref().unwrap_or(xs);
-            return ops::add_low_rank(&base.forward_in(xs, cx)?, xs_low, a, &self.b, self.scale, cx.path);
+            return ops::add_low_rank(&base.forward_in(xs, cx)?, xs_low, a, b, self.scale, cx.path);
         };
-        let (bias, b) = (base.bias(), &self.b);
+        let bias = base.bias();
         match cx.pass.dropout_draw().filter(|_| self.dropout > 0.0) {
             None => ops::adapted_linear(xs, weight, bias, a, b, self.scale, cx.path),
             Some(draw) => {

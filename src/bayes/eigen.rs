@@ -8,6 +8,7 @@
 use candle_core::{Device, Tensor};
 
 use crate::error::{Error, Result};
+use crate::util::simd::vectorized;
 
 /// The non-negative eigenvalues and the eigenvectors of a positive semi-definite matrix.
 #[derive(Debug, Clone)]
@@ -29,8 +30,8 @@ impl Eigen {
             return Err(Error::tensor(name, "the matrix to decompose holds NaN or infinity"));
         }
         let n = rows.len();
-        let (mut diagonal, mut beside, mut vectors) = tridiagonal(&mut rows);
-        if !diagonalise(&mut diagonal, &mut beside, &mut vectors) {
+        let (mut diagonal, mut beside, mut vectors) = vectorized!(tridiagonal(&mut rows));
+        if !vectorized!(diagonalise(&mut diagonal, &mut beside, &mut vectors)) {
             return Err(Error::tensor(name, "the eigenvalues of its products do not converge"));
         }
         let vectors = Tensor::from_vec(vectors.concat(), (n, n), &Device::Cpu)?;
@@ -40,6 +41,7 @@ impl Eigen {
 
 /// Reduces `a` to the tridiagonal `Q^T A Q`. Returns its diagonal, its off-diagonal (padded with a zero to
 /// the same length) and Q^T.
+#[inline(always)] // into `vectorized!`
 fn tridiagonal(a: &mut [Vec<f64>]) -> (Vec<f64>, Vec<f64>, Vec<Vec<f64>>) {
     let n = a.len();
     let mut beside = vec![0.0; n];
@@ -85,6 +87,7 @@ fn tridiagonal(a: &mut [Vec<f64>]) -> (Vec<f64>, Vec<f64>, Vec<Vec<f64>>) {
 /// Diagonalises the tridiagonal matrix with diagonal `d` and off-diagonal `e`: `d` becomes the eigenvalues,
 /// and the rows of `vectors` are rotated into the eigenvectors. Returns false if an eigenvalue does not
 /// converge within 60 steps.
+#[inline(always)]
 fn diagonalise(d: &mut [f64], e: &mut [f64], vectors: &mut [Vec<f64>]) -> bool {
     let n = d.len();
     let size = d.iter().zip(e.iter()).fold(0f64, |most, (d, e)| most.max(d.abs() + e.abs()));
@@ -134,6 +137,7 @@ fn diagonalise(d: &mut [f64], e: &mut [f64], vectors: &mut [Vec<f64>]) -> bool {
     true
 }
 
+#[inline(always)]
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     // Four partial sums, so that the compiler can vectorise the loop.
     let mut sums = [0.0; 4];

@@ -82,6 +82,9 @@ impl Generator<'_> {
         let mut so_far = vec![Vec::new(); prompts.len()];
         let after = |row: usize, added: &[u32]| self.after(&heads[row], &prompts[row], added);
         let added = generate(self.model, prompts, &config, &mut |row, token| {
+            if stop.is_empty() {
+                return true;
+            }
             so_far[row].push(token);
             // A decoding error is returned below; this callback cannot return one.
             let text = after(row, &so_far[row]).unwrap_or_default();

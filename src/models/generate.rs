@@ -6,6 +6,8 @@ mod sampling;
 use std::collections::BTreeSet;
 
 use candle_core::{DType, Tensor};
+use rand::Rng;
+use rayon::prelude::*;
 
 use crate::adapter::{Context, DrawCache, Pass};
 use crate::error::{Error, Result};
@@ -81,6 +83,26 @@ impl GenerateConfig {
         self.sampling.validate()
     }
 
+    /// Chooses the next token of a row from the logits of each pass. `seen` gives the row's tokens so far. An
+    /// error is a reason.
+    fn choose<I: Iterator<Item = u32>>(
+        &self,
+        mut passes: Vec<Vec<f32>>,
+        seen: impl Fn() -> I,
+        rng: &mut impl Rng,
+    ) -> std::result::Result<u32, String> {
+        passes.iter_mut().for_each(|logits| self.penalize(logits, seen()));
+        // For several passes, the logits are the logarithms of the averaged probabilities.
+        let logits = match passes.as_mut_slice() {
+            [one] => std::mem::take(one),
+            several => average(several),
+        };
+        if let Some(bad) = logits.iter().find(|logit| logit.is_nan() || **logit == f32::INFINITY) {
+            return Err(format!("a logit is {bad} (a base in f16 may overflow: load it as bf16 or f32)"));
+        }
+        self.sampling.choose(&logits, rng).ok_or_else(|| "no token has a positive probability".to_string())
+    }
+
     /// Applies the repetition penalty to a row's logits. `seen` are the row's tokens so far.
     fn penalize(&self, logits: &mut [f32], seen: impl Iterator<Item = u32>) {
         if self.repetition_penalty == 1.0 {
@@ -141,32 +163,20 @@ fn run(
     let mut texts = vec![Vec::new(); prompts.len()];
     for step in 0..steps {
         let mut passes = batch.advance(model)?;
-        let mut next = vec![0u32; prompts.len()];
-        for row in 0..prompts.len() {
+        let of_row = |row: usize| passes.iter_mut().map(|pass| std::mem::take(&mut pass[row])).collect();
+        let logits: Vec<Vec<Vec<f32>>> = (0..prompts.len()).map(of_row).collect();
+        let choose = |(row, logits): (usize, Vec<Vec<f32>>)| {
             if done[row] {
-                continue;
+                return Ok(None);
             }
-            for logits in &mut passes {
-                config.penalize(&mut logits[row], prompts[row].iter().chain(&texts[row]).copied());
-            }
-            // For several passes, the logits are the logarithms of the averaged probabilities.
-            let logits = match passes.as_mut_slice() {
-                [one] => std::mem::take(&mut one[row]),
-                several => average(several.iter().map(|draw| &draw[row])),
-            };
-            if let Some(bad) = logits.iter().find(|logit| logit.is_nan() || **logit == f32::INFINITY) {
-                let reason = format!(
-                    "token {} of row {row}: a logit is {bad} (a base in f16 may overflow: load it as bf16 or f32)",
-                    step + 1
-                );
-                return Err(Error::tensor("logits", reason));
-            }
-            let mut rng = batch.choices[row].rng(step as u64);
-            let token = config.sampling.choose(&logits, &mut rng).ok_or_else(|| {
-                let reason = format!("token {} of row {row}: no token has a positive probability", step + 1);
-                Error::tensor("logits", reason)
-            })?;
-            next[row] = token;
+            let seen = || prompts[row].iter().chain(&texts[row]).copied();
+            config.choose(logits, seen, &mut batch.choices[row].rng(step as u64)).map(Some).map_err(
+                |reason| Error::tensor("logits", format!("token {} of row {row}: {reason}", step + 1)),
+            )
+        };
+        let next = logits.into_par_iter().enumerate().map(choose).collect::<Result<Vec<Option<u32>>>>()?;
+        for (row, token) in next.iter().enumerate() {
+            let Some(token) = *token else { continue };
             if config.stop.contains(&token) {
                 done[row] = true;
                 continue;
@@ -177,7 +187,7 @@ fn run(
         if done.iter().all(|done| *done) {
             break;
         }
-        batch.feed(next);
+        batch.feed(next.into_iter().map(Option::unwrap_or_default).collect());
     }
     Ok(texts)
 }
@@ -239,7 +249,7 @@ impl Continuation {
 }
 
 /// The logarithms of the mean probabilities of several rows of logits.
-fn average<'a>(draws: impl Iterator<Item = &'a Vec<f32>>) -> Vec<f32> {
+fn average(draws: &[Vec<f32>]) -> Vec<f32> {
     let mut sum = Vec::new();
     let mut count = 0.0;
     for draw in draws {

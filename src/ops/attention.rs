@@ -69,6 +69,7 @@ pub fn attention(
     if mask.window.as_ref().is_some_and(|window| window.size() == 0) {
         bail!("attention: a window of 0 keys hides a query's own place");
     }
+    let mask = &mask.over(shape.tq, shape.tk);
     if let Some(cap) = scores.cap.filter(|cap| !(*cap > 0.0 && cap.is_finite())) {
         bail!("attention: expected a positive cap on scores, got {cap}");
     }

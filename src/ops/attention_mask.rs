@@ -15,6 +15,14 @@ pub struct Mask {
     pub window: Option<Window>,
 }
 
+impl Mask {
+    /// The same mask without a window that hides none of `tk` keys, which some kernels have no use for.
+    pub(super) fn over(&self, tq: usize, tk: usize) -> Self {
+        let hides = |window: &Window| window.size < tq.max(tk);
+        Self { window: self.window.clone().filter(hides), ..self.clone() }
+    }
+}
+
 /// A sliding window: position i sees key j if `|i - j| < size`, and no later key under a causal mask. Like
 /// the triangle of a [`CausalMask`], the mask tensor is cached.
 #[derive(Debug, Clone)]

@@ -69,10 +69,11 @@ fn summed(mut parts: Contributions) -> Result<HashMap<TensorId, Tensor>> {
 }
 
 #[cfg(feature = "cuda")]
-use crate::kernels::multi_tensor::sums;
+pub(crate) use crate::kernels::multi_tensor::sums;
 
+/// The sums of pairs of tensors.
 #[cfg(not(feature = "cuda"))]
-fn sums(pairs: &[(Tensor, Tensor)]) -> Result<Vec<Tensor>> {
+pub(crate) fn sums(pairs: &[(Tensor, Tensor)]) -> Result<Vec<Tensor>> {
     pairs.iter().map(|(a, b)| a + b).collect()
 }
 

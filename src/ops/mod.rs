@@ -57,7 +57,7 @@ mod vmath;
 pub use activation::{gelu, gelu_tanh_mul, silu, silu_mul};
 pub use attention::attention;
 pub use attention_mask::{CausalMask, Mask, Scores, Window};
-pub(crate) use backward::backward;
+pub(crate) use backward::{backward, sums};
 pub use carry::carry;
 #[cfg(feature = "models")]
 pub(crate) use carry::{carried, copied};

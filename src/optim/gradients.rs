@@ -44,15 +44,22 @@ impl Gradients {
     /// If a trainable parameter has no gradient: the loss does not depend on it, or an operation in between
     /// has no backward pass.
     pub fn accumulate(&mut self, params: &Params, store: &GradStore) -> Result<()> {
-        *self = Self { by_name: self.tensors()?.into_owned(), factor: 1.0 };
+        let mut by_name = self.tensors()?.into_owned();
+        let (mut with_earlier, mut pairs) = (Vec::new(), Vec::new());
         for (name, param) in params.trainable() {
             let Some(grad) = store.get(&param.var) else { return Err(Error::tensor(name, NO_GRADIENT)) };
-            let sum = match self.by_name.get(&name) {
-                Some(earlier) => (earlier + grad)?.detach(),
-                None => grad.detach(),
-            };
-            self.by_name.insert(name, sum);
+            match by_name.remove(&name) {
+                Some(earlier) => {
+                    pairs.push((earlier, grad.detach()));
+                    with_earlier.push(name);
+                }
+                None => {
+                    by_name.insert(name, grad.detach());
+                }
+            }
         }
+        by_name.extend(with_earlier.into_iter().zip(ops::sums(&pairs)?));
+        *self = Self { by_name, factor: 1.0 };
         Ok(())
     }
 

@@ -91,8 +91,15 @@ impl KroneckerBlock {
 
     /// `U_G^T J U_A` of every example, flattened; J is `(b, o, i)`.
     fn turn(&self, jacobian: &Tensor) -> Result<Vec<Vec<f64>>> {
-        let right = jacobian.broadcast_matmul(&self.inputs.vectors.t()?.contiguous()?)?;
-        let turned = self.outputs.vectors.broadcast_matmul(&right)?;
-        Ok(turned.flatten_from(1)?.to_vec2::<f64>()?)
+        // Each as one product of all rows, where a batched one would copy the eigenvectors for every example.
+        let times = |rows: &Tensor, vectors: &Tensor| -> Result<Tensor> {
+            let (b, rows_of, width) = rows.dims3()?;
+            let product =
+                rows.contiguous()?.reshape((b * rows_of, width))?.matmul(&vectors.t()?.contiguous()?)?;
+            Ok(product.reshape((b, rows_of, vectors.dim(0)?))?)
+        };
+        let right = times(jacobian, &self.inputs.vectors)?.transpose(1, 2)?; // (b, i, o)
+        let turned = times(&right, &self.outputs.vectors)?.transpose(1, 2)?; // (b, o, i)
+        Ok(turned.contiguous()?.flatten_from(1)?.to_vec2::<f64>()?)
     }
 }
