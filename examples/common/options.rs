@@ -181,7 +181,7 @@ impl MethodOptions {
     }
 
     /// Creates the method with this name from the options that it reads.
-    fn method(&self, name: &str) -> Outcome<Method> {
+    pub fn method(&self, name: &str) -> Outcome<Method> {
         let (rank, alpha, dropout, use_rslora) = (self.rank, self.alpha, self.adapter_dropout, self.rslora);
         match name {
             "full" => Ok(Method::Full),

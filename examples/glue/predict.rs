@@ -3,17 +3,19 @@
 use std::path::Path;
 
 use candle_core::{DType, Device};
+use monteclora::bayes::LinearisedClassifier;
 use monteclora::data::table::{self, Columns, Target};
 use monteclora::data::task::{Example, Task};
+use monteclora::models::hub::ModelFiles;
 use monteclora::models::Quantization;
 use monteclora::predict::{Prediction, Submission};
 use monteclora::train::Classifier;
 use monteclora::util::files;
 use monteclora::{Labels, Pass};
 
-use super::output::{tell, tell_err};
 use super::rows::{tell_cut, Input, TableOptions};
-use super::{download, Outcome};
+use crate::common::output::{tell, tell_err};
+use crate::common::{download, Outcome};
 
 /// A prediction to make.
 pub struct Request<'a> {
@@ -31,12 +33,36 @@ pub struct Request<'a> {
     pub eval_batch_size: Option<usize>,
     /// The number of posterior draws to average; 0 for the mean.
     pub samples: usize,
+    /// Predict with the run's posterior of the linearised model.
+    pub linearised: bool,
     pub dtype: DType,
     /// The quantisation of the base that the adapter was trained on, if any.
     pub quantize: Option<Quantization>,
     pub device: &'a Device,
     /// The output folder; without it, the predictions of a table go to standard output.
     pub output: Option<&'a Path>,
+}
+
+/// What predicts.
+enum Opened {
+    Plain(Classifier),
+    Linearised(LinearisedClassifier),
+}
+
+impl Opened {
+    fn classifier(&self) -> &Classifier {
+        match self {
+            Self::Plain(classifier) => classifier,
+            Self::Linearised(linearised) => linearised.classifier(),
+        }
+    }
+
+    fn classifier_mut(&mut self) -> &mut Classifier {
+        match self {
+            Self::Plain(classifier) => classifier,
+            Self::Linearised(linearised) => linearised.classifier_mut(),
+        }
+    }
 }
 
 impl Request<'_> {
@@ -47,13 +73,8 @@ impl Request<'_> {
         }
         let base = self.model.map(|model| download::model_files(model, self.revision)).transpose()?;
         let base = base.map(|files| files.quantized(self.quantize));
-        let mut classifier = match (self.trained, &base) {
-            (Some(dir), base) => Classifier::open(dir, base.as_ref(), self.dtype, self.device)?,
-            (None, Some(files)) => Classifier::of_checkpoint(files, self.dtype, self.device)?,
-            (None, None) => {
-                return Err("--predict: give the trained --adapter, or a --model with a head".into())
-            }
-        };
+        let mut opened = self.open(base.as_ref())?;
+        let classifier = opened.classifier_mut();
         let input = self.trained.map(Input::find).transpose()?.flatten();
         let of_run = input.as_ref().map(|input| input.max_length.min(classifier.config().longest()));
         classifier.set_max_length(self.max_length.or(of_run).unwrap_or(classifier.max_length()))?;
@@ -61,8 +82,9 @@ impl Request<'_> {
         let positive = self.options.positive_class.as_deref();
         positive.map_or(Ok(()), |name| classifier.set_positive_class(name))?;
         if self.rows.is_dir() {
-            return self.submit(classifier);
+            return self.submit(opened);
         }
+        let classifier = opened.classifier();
         let columns = self.columns(input.and_then(|input| input.columns));
         let table = table::read(self.rows, &columns)?;
         let target = match classifier.is_regression() {
@@ -70,7 +92,7 @@ impl Request<'_> {
             false => Target::Classes(classifier.labels.clone()),
         };
         let examples = target.examples(&table)?;
-        let predictions = self.predict(&classifier, &examples)?;
+        let predictions = self.predict(&opened, &examples)?;
         match self.output {
             Some(dir) => {
                 std::fs::create_dir_all(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
@@ -87,6 +109,21 @@ impl Request<'_> {
         Ok(())
     }
 
+    fn open(&self, base: Option<&ModelFiles>) -> Outcome<Opened> {
+        let (dtype, device) = (self.dtype, self.device);
+        Ok(match (self.trained, base) {
+            (Some(dir), base) if self.linearised => {
+                Opened::Linearised(LinearisedClassifier::open(dir, base, dtype, device)?)
+            }
+            (Some(dir), base) => Opened::Plain(Classifier::open(dir, base, dtype, device)?),
+            (None, _) if self.linearised => return Err("--linearised: give the --adapter of a run".into()),
+            (None, Some(files)) => Opened::Plain(Classifier::of_checkpoint(files, dtype, device)?),
+            (None, None) => {
+                return Err("--predict: give the trained --adapter, or a --model with a head".into())
+            }
+        })
+    }
+
     /// The given column names, else those of the run; labels only if they are given.
     fn columns(&self, of_run: Option<Columns>) -> Columns {
         let given = self.options;
@@ -98,16 +135,19 @@ impl Request<'_> {
         }
     }
 
-    fn predict(&self, classifier: &Classifier, examples: &[Example]) -> Outcome<Vec<Prediction>> {
+    fn predict(&self, opened: &Opened, examples: &[Example]) -> Outcome<Vec<Prediction>> {
+        let classifier = opened.classifier();
         tell_cut("predicted", &classifier.encode(examples)?, classifier.max_length());
-        Ok(match self.samples {
-            0 => classifier.predict(examples, &Pass::Mean)?,
-            samples => classifier.predict_averaged(examples, samples)?,
+        Ok(match (opened, self.samples) {
+            (Opened::Linearised(linearised), _) => linearised.predict(examples)?,
+            (Opened::Plain(_), 0) => classifier.predict(examples, &Pass::Mean)?,
+            (Opened::Plain(_), samples) => classifier.predict_averaged(examples, samples)?,
         })
     }
 
     /// Writes the files that the benchmark's server accepts.
-    fn submit(&self, mut classifier: Classifier) -> Outcome {
+    fn submit(&self, mut opened: Opened) -> Outcome {
+        let classifier = opened.classifier_mut();
         // A classifier without class names uses the order of the task.
         let labels = Labels::from(self.task);
         if classifier.labels.are_numbers() && classifier.labels.len() == labels.len() {
@@ -117,7 +157,7 @@ impl Request<'_> {
         std::fs::create_dir_all(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
         for (set, examples) in self.task.load_tests(self.rows)? {
             let Submission { name, text } =
-                Submission::new(self.task, &set, &self.predict(&classifier, &examples)?)?;
+                Submission::new(self.task, &set, &self.predict(&opened, &examples)?)?;
             files::write(&dir.join(&name), text.as_bytes())?;
             tell_err!("{}: {} rows", dir.join(&name).display(), examples.len());
         }

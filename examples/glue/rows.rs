@@ -10,8 +10,8 @@ use monteclora::metrics::Metrics;
 use monteclora::{Labels, Noise};
 use serde::{Deserialize, Serialize};
 
-use super::output::tell_err;
-use super::Outcome;
+use crate::common::output::tell_err;
+use crate::common::Outcome;
 
 // Your own tables: CSV, TSV, JSON lines or parquet.
 #[derive(clap::Args, Clone)]

@@ -34,7 +34,7 @@ pub(super) mod tests;
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
-use super::linearised::{read_rows, BatchRecord, Linearised, Taps};
+use super::linearised::{parts, scale_to, BatchRecord, Linearised, Maps, Taps, Wanted};
 use super::precision::most_evident;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
@@ -57,16 +57,17 @@ pub enum Scope {
 }
 
 impl Scope {
-    fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<BatchRecord> {
+    /// A last layer is recorded with the Jacobians in any case: they cost nothing.
+    fn record(&self, model: &dyn Predictor, batch: &Batch, wanted: Wanted) -> Result<BatchRecord> {
         match self {
-            Self::Adapters(taps) => taps.record(model, batch),
+            Self::Adapters(taps) => taps.record(model, batch, Maps::Both, wanted),
             Self::LastLayer(layer) => layer.record(model, batch),
         }
     }
 
     fn parameters(&self) -> Result<Vec<(String, Tensor)>> {
         match self {
-            Self::Adapters(taps) => Ok(taps.parameters()),
+            Self::Adapters(taps) => Ok(taps.parameters(Maps::Both)),
             Self::LastLayer(layer) => layer.parameters(),
         }
     }
@@ -85,25 +86,25 @@ pub struct Laplace {
 impl Laplace {
     /// Computes the curvature of the mean prediction on the training rows. The prior precision is 1.
     ///
-    /// Taps stay on the model, also on error: remove them with a clone. Only one thread at a time may use a
-    /// model whose taps record.
+    /// Taps stay on the model, also on error: remove them with a clone.
     ///
-    /// With `max_rows`, batches are read until they have at least that many rows, and the sums are scaled up
-    /// to all rows.
+    /// If the batches are a sample of the training rows, `of_rows` is the number of all, to which the sums are
+    /// scaled up.
     ///
     /// # Errors
-    /// If there is no row, the model has fewer than two outputs, a label is not one of its classes, the scope
+    /// If there is no row or more than `of_rows`, the model has fewer than two outputs, a label is not one of its classes, the scope
     /// belongs to another model, or a value is not finite.
     pub fn fit(
         model: &dyn Predictor,
         scope: Scope,
         batches: &[Batch],
-        max_rows: Option<usize>,
+        of_rows: Option<usize>,
     ) -> Result<Self> {
+        let scale = scale_to(of_rows, batches)?;
         let (mut sums, mut log_likelihood) = (Vec::<Sums>::new(), 0.0);
-        let scale = read_rows(batches, max_rows, |batch| {
-            let record = scope.record(model, batch)?;
-            log_likelihood += record.log_likelihood(batch)?;
+        for part in &parts(batches)? {
+            let record = scope.record(model, part, Wanted::Curvature)?;
+            log_likelihood += record.log_likelihood(part)?;
             let roots = record.hessian_roots();
             for (i, layer) in record.layers.iter().enumerate() {
                 let new = Sums::new(layer, &roots)?;
@@ -112,8 +113,7 @@ impl Laplace {
                     None => sums.push(new),
                 }
             }
-            Ok(())
-        })?;
+        }
         let parameters = scope.parameters()?;
         let blocks = sums.par_iter().zip(&parameters).map(|(sums, (name, _))| sums.block(name, scale));
         let blocks = blocks.collect::<Result<_>>()?;
@@ -219,8 +219,8 @@ impl Laplace {
         precisions.iter().try_for_each(|precision| check::positive(PRECISION, *precision))?;
         let empty = || Linearised { logits: Vec::new(), covariances: Vec::new() };
         let mut out: Vec<Linearised> = precisions.iter().map(|_| empty()).collect();
-        for batch in batches {
-            let record = self.scope.record(model, batch)?;
+        for part in &parts(batches)? {
+            let record = self.scope.record(model, part, Wanted::Jacobians)?;
             let classes = record.logits.first().map_or(0, Vec::len);
             let mut sums = vec![vec![vec![0.0; classes * classes]; record.logits.len()]; precisions.len()];
             for (block, layer) in self.blocks.iter().zip(&record.layers) {

@@ -12,7 +12,7 @@ pub mod tfb;
 
 pub use ensemble::{Ensemble, McDropout};
 pub use laplace::{Laplace, LastLayer, Scope};
-pub use linearised::{Linearised, LinearisedPosterior, Taps};
+pub use linearised::{Linearised, LinearisedClassifier, LinearisedPosterior, Taps};
 pub use parameter_draws::ParameterDraws;
 pub use precision::PRECISION_BOUNDS;
 pub use temperature::{Temperature, BOUNDS as TEMPERATURE_BOUNDS};

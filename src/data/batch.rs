@@ -76,6 +76,21 @@ impl Batch {
             labels,
         })
     }
+
+    /// The `count` rows from `start` on, with their padding.
+    ///
+    /// # Errors
+    /// If there are fewer rows.
+    pub fn narrow(&self, start: usize, count: usize) -> Result<Self> {
+        let part = |tensor: &Tensor| tensor.narrow(0, start, count);
+        Ok(Self {
+            input_ids: part(&self.input_ids)?,
+            token_type_ids: part(&self.token_type_ids)?,
+            attention_mask: part(&self.attention_mask)?,
+            labels: part(&self.labels)?,
+            rows: self.rows[start..start + count].to_vec(),
+        })
+    }
 }
 
 /// Splits the rows of an epoch into batches.

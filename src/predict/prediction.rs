@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::labels::Labels;
-use crate::metrics::{argmax, entropy, Uncertainty};
+use crate::metrics::{argmax, entropy, uncertainty, Uncertainty};
 use crate::util::files;
 
 /// A classifier's prediction for one text.
@@ -24,6 +24,19 @@ impl Prediction {
     pub(crate) fn new(values: Vec<f64>, labels: &Labels, uncertainty: Option<Uncertainty>) -> Self {
         let label = (values.len() > 1).then(|| argmax(&values)).and_then(|class| labels.name(class));
         Self { label: label.map(str::to_string), values, uncertainty }
+    }
+
+    /// The predictions of classes averaged over draws of shape `(s, n, c)`, with their uncertainty.
+    ///
+    /// # Errors
+    /// As [`uncertainty`].
+    pub(crate) fn of_draws(draws: &[Vec<Vec<f64>>], labels: &Labels) -> Result<Vec<Self>> {
+        let row = |(n, uncertainty): (usize, Uncertainty)| {
+            let mean =
+                |class: usize| draws.iter().map(|draw| draw[n][class]).sum::<f64>() / draws.len() as f64;
+            Self::new((0..labels.len()).map(mean).collect(), labels, Some(uncertainty))
+        };
+        Ok(uncertainty(draws)?.into_iter().enumerate().map(row).collect())
     }
 
     /// Writes predictions as a CSV table with one row each: the row number from 0, the label, the probability

@@ -26,6 +26,9 @@ pub struct Predictions {
     pub mean: Vec<Vec<f64>>,
     /// The average over posterior draws, if requested.
     pub posterior: Option<Vec<Vec<f64>>>,
+    /// The probabilities of the linearised model, if the caller adds them
+    /// ([`LinearisedClassifier`](crate::bayes::LinearisedClassifier)).
+    pub linearised: Option<Vec<Vec<f64>>>,
     labels: Vec<Label>,
     positive: u32,
 }
@@ -41,6 +44,9 @@ pub struct Evaluation {
     /// The metrics of the average over posterior draws.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub posterior: Option<Metrics>,
+    /// The metrics of the linearised model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub linearised: Option<Metrics>,
 }
 
 /// Returns the outputs, and with `draws` their averages, of all rows in order. `parts[r]` has those of the
@@ -132,7 +138,8 @@ impl Predictions {
         let mean =
             if regression { outputs.clone() } else { outputs.iter().map(|row| softmax(row)).collect() };
         let labels = rows.iter().map(|row| row.label).collect();
-        Ok(Self { logits: outputs, mean, posterior, labels, positive: classifier.positive })
+        let positive = classifier.positive;
+        Ok(Self { logits: outputs, mean, posterior, linearised: None, labels, positive })
     }
 
     /// Returns the labels of the rows, in order.
@@ -157,8 +164,12 @@ impl Predictions {
     }
 
     fn evaluation(&self, of_classes: OfClasses) -> Result<Evaluation> {
-        let posterior = self.posterior.as_ref().map(|values| self.metrics(values, of_classes)).transpose()?;
-        Ok(Evaluation { mean: self.metrics(&self.mean, of_classes)?, posterior })
+        let metrics = |values: &Vec<Vec<f64>>| self.metrics(values, of_classes);
+        Ok(Evaluation {
+            mean: metrics(&self.mean)?,
+            posterior: self.posterior.as_ref().map(metrics).transpose()?,
+            linearised: self.linearised.as_ref().map(metrics).transpose()?,
+        })
     }
 
     fn metrics(&self, values: &[Vec<f64>], of_classes: OfClasses) -> Result<Metrics> {
@@ -200,7 +211,8 @@ impl Predictions {
         metrics::class_scores(&predicted, &labels)
     }
 
-    /// Writes one JSON object per row: its index in the split from 0, label, logits, mean and posterior.
+    /// Writes one JSON object per row: its index in the split from 0, label, logits, mean,
+    /// posterior and, if there are any, the probabilities of the linearised model.
     ///
     /// # Errors
     /// If the file cannot be written.
@@ -213,10 +225,13 @@ impl Predictions {
                 Label::Unknown => json!(null),
             };
             let posterior = self.posterior.as_ref().map(|values| &values[i]);
-            let row = json!({
+            let mut row = json!({
                 "index": i, "label": label, "logits": self.logits[i], "mean": self.mean[i],
                 "posterior": posterior,
             });
+            if let Some(values) = &self.linearised {
+                row["linearised"] = json!(values[i]);
+            }
             text.push_str(&row.to_string());
             text.push('\n');
         }

@@ -134,6 +134,11 @@ impl Method {
         matches!(self, Self::MonteCLoRA(_) | Self::Blob(_))
     }
 
+    /// Whether a trained model has the pairs B A that [`Taps`](crate::bayes::Taps) take.
+    pub fn can_be_linearised(&self) -> bool {
+        matches!(self, Self::MonteCLoRA(_) | Self::Lora(_))
+    }
+
     /// Returns the layers to adapt by default, by their names in encoders and decoders; the model's own
     /// choice if the method's paper names none. In Phi 3 and ModernBERT, which have one layer for queries,
     /// keys and values, IA3 only scales the inner activations of feed-forward blocks.

@@ -10,7 +10,7 @@ use crate::data::encode::{fit_vocabulary, Encoded, TextEncoder};
 use crate::data::task::Example;
 use crate::data::tokenizer;
 use crate::error::{Error, Result};
-use crate::metrics::{softmax, uncertainty, Metrics, Uncertainty};
+use crate::metrics::{softmax, Metrics};
 use crate::predict::{logits, posterior_draws, posterior_scores, Prediction};
 
 impl Classifier {
@@ -126,13 +126,7 @@ impl Classifier {
             check_finite(&rows)?;
             return Ok(rows.into_iter().map(|row| Prediction::new(row, &self.labels, None)).collect());
         }
-        let draws = posterior_draws(self, &batches, samples)?;
-        let uncertain = uncertainty(&draws)?;
-        let row = |(n, uncertainty): (usize, Uncertainty)| {
-            let mean = |class: usize| draws.iter().map(|draw| draw[n][class]).sum::<f64>() / samples as f64;
-            Prediction::new((0..self.labels.len()).map(mean).collect(), &self.labels, Some(uncertainty))
-        };
-        Ok(uncertain.into_iter().enumerate().map(row).collect())
+        Prediction::of_draws(&posterior_draws(self, &batches, samples)?, &self.labels)
     }
 
     /// Checks that the method has a posterior to draw from.
@@ -144,7 +138,8 @@ impl Classifier {
         Err(Error::config("posterior_samples", reason))
     }
 
-    fn text_batches<T: Clone + Into<Example>>(&self, texts: &[T]) -> Result<Option<Vec<Batch>>> {
+    /// The texts in batches to predict, or `None` if there is no text.
+    pub(crate) fn text_batches<T: Clone + Into<Example>>(&self, texts: &[T]) -> Result<Option<Vec<Batch>>> {
         if texts.is_empty() {
             return Ok(None);
         }

@@ -15,6 +15,9 @@ use crate::util::files;
 pub struct RunFolder(PathBuf);
 
 impl RunFolder {
+    /// The file beside an adapter that holds a posterior of the linearised model.
+    pub(crate) const POSTERIOR: &'static str = "linearised.json";
+
     /// The folder `dir`, which need not exist.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         Self(dir.into())
@@ -46,7 +49,7 @@ impl RunFolder {
     /// As [`AdapterFile::write`].
     pub fn save_adapter(&self, file: &AdapterFile, format: ExportFormat) -> Result<()> {
         let dir = self.adapter();
-        files::remove(&dir.join(Params::FILE))?;
+        [Params::FILE, Self::POSTERIOR].iter().try_for_each(|name| files::remove(&dir.join(name)))?;
         file.write(dir, format)
     }
 
@@ -56,7 +59,7 @@ impl RunFolder {
     /// If a file cannot be written or removed.
     pub fn save_parameters(&self, params: &Params) -> Result<()> {
         let dir = self.adapter();
-        AdapterFile::remove(&dir)?;
+        self.remove_adapter()?;
         params.save(&dir)
     }
 
@@ -68,7 +71,7 @@ impl RunFolder {
     pub fn remove_adapter(&self) -> Result<()> {
         let dir = self.adapter();
         AdapterFile::remove(&dir)?;
-        files::remove(&dir.join(Params::FILE))
+        [Params::FILE, Self::POSTERIOR].iter().try_for_each(|name| files::remove(&dir.join(name)))
     }
 }
 

@@ -8,7 +8,7 @@ use crate::source::root;
 #[test]
 fn every_option_of_an_example_has_a_line_of_help() {
     let (mut options, mut silent) = (0, BTreeSet::new());
-    for folder in ["examples", "examples/common"] {
+    for folder in ["examples", "examples/glue", "examples/common"] {
         for entry in std::fs::read_dir(root().join(folder)).expect(folder) {
             let path = entry.expect("an entry").path();
             if path.extension().is_some_and(|extension| extension == "rs") {

@@ -266,6 +266,39 @@ fn a_prediction_reads_texts_to_the_length_of_the_run_or_else_of_the_model() -> O
 }
 
 #[test]
+fn a_run_leaves_a_posterior_with_which_others_predict_in_the_linearised_model() -> Outcome {
+    let home = Home::new()?;
+    home.run("run", "--method monteclora --rank 2 --linearised --posterior-samples 2")?;
+    let metrics: Value = serde_json::from_slice(&fs::read(home.out("run").join("metrics.json"))?)?;
+    for part in ["mean", "posterior", "linearised"] {
+        assert!(metrics[part]["nll"].as_f64().is_some_and(|nll| nll > 0.0), "{part}: {metrics}");
+    }
+    let lines = fs::read_to_string(home.out("run").join("predictions.jsonl"))?;
+    let rows: Vec<Value> = lines.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    let predict = |options: &str| -> Outcome<Output> {
+        let mut command = Command::new(&home.glue);
+        let run = home.out("run");
+        command.arg("--predict").arg(home.dir.path().join("dev.tsv")).arg("--adapter").arg(run);
+        Ok(command.args(["--text-column", "sentence"]).args(options.split_whitespace()).output()?)
+    };
+    let output = predict("--linearised")?;
+    let table = String::from_utf8(output.stdout.clone())?;
+    said(output)?;
+    assert!(table.starts_with("row,label,p_negative,p_positive,entropy,mutual_information\n"), "{table}");
+    for (row, line) in rows.iter().zip(table.lines().skip(1)) {
+        let p: f64 = line.split(',').nth(2).ok_or("a probability")?.parse()?;
+        assert!((row["linearised"][0].as_f64().ok_or("a probability")? - p).abs() < 1e-5, "{row} {line}");
+    }
+    // A run without the option leaves none, also in the same folder.
+    home.run("run", "--method monteclora --rank 2")?;
+    let error = said(predict("--linearised")?).unwrap_err().to_string();
+    assert!(error.contains("linearised.json"), "{error}");
+    let text = home.run("full", "--method full --linearised")?;
+    assert!(text.contains("warning: --linearised has no effect"), "{text}");
+    Ok(())
+}
+
+#[test]
 fn a_language_model_trains_on_plain_texts_whether_or_not_a_sample_has_a_first_token() -> Outcome {
     let home = Home::new()?;
     let (llama, model, texts) = (example("llama")?, home.out("model"), home.out("texts.txt"));

@@ -27,6 +27,7 @@ mod labels;
 mod language;
 #[cfg(feature = "cuda")]
 mod launches;
+mod linearised;
 mod live_llama_cpp;
 mod live_peft;
 mod llama;

@@ -214,7 +214,7 @@ fn taps_give_the_jacobian_of_every_example_with_padding() -> Result<()> {
     let batch_of_all = batch(&rows)?;
     let before = logits(&toy, std::slice::from_ref(&batch_of_all), &Pass::Mean.into())?;
     let taps = Taps::install(&mut toy)?;
-    let record = taps.record(&toy, &batch_of_all)?;
+    let record = taps.record(&toy, &batch_of_all, Maps::Both, Wanted::Jacobians)?;
     assert_eq!(record.layers[0].tokens, 6.0);
     for (layer, name) in record.layers.iter().zip([A, B]) {
         for k in 0..CLASSES {
@@ -409,7 +409,7 @@ fn some_rows_stand_for_all() -> Result<()> {
     let one: [(&[u32], u32); 2] = [(&[1, 2], 0), (&[4], 1)];
     let batches = [batch(&one)?, batch(&one)?, batch(&one)?];
     let all = Laplace::fit(&toy, scope()?, &batches, None)?;
-    let some = Laplace::fit(&toy, scope()?, &batches, Some(1))?;
+    let some = Laplace::fit(&toy, scope()?, &batches[..1], Some(6))?;
     near(some.log_marginal_likelihood(0.2)?, all.log_marginal_likelihood(0.2)?);
     let (a, b) = (all.predict(&toy, &batches[..1])?, some.predict(&toy, &batches[..1])?);
     a.covariances.iter().flatten().zip(b.covariances.iter().flatten()).for_each(|(a, b)| near(*a, *b));
@@ -425,8 +425,8 @@ fn what_has_no_approximation_is_named() -> Result<()> {
         let error = result.unwrap_err().to_string();
         assert!(error.contains(what), "{error}");
     };
-    refused(Laplace::fit(&toy, last()?, &[], None), "no row");
-    refused(Laplace::fit(&toy, last()?, &rows, Some(0)), "no row");
+    refused(Laplace::fit(&toy, last()?, &[], None), "got 0");
+    refused(Laplace::fit(&toy, last()?, &rows, Some(0)), "some of the 0 training rows, got 1");
     refused(Laplace::fit(&toy, last()?, &[batch(&[(&[1], 3)])?], None), "class 3");
     let mut laplace = Laplace::fit(&toy, last()?, &rows, None)?;
     for precision in [0.0, -1.0, f64::NAN, f64::INFINITY] {

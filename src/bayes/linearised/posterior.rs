@@ -24,11 +24,15 @@
 //!   `v_i = 1 / (alpha g_i + delta)`, and in delta at
 //!   `sum in_dim alpha g_i / (alpha g_i + delta) = delta ||A||^2`.
 
+use std::collections::BTreeMap;
+use std::path::Path;
+
 use candle_core::{DType, Tensor};
+use serde::{Deserialize, Serialize};
 
 use super::predictive::Linearised;
-use super::record::{read_rows, LayerRecord};
-use super::taps::Taps;
+use super::record::{parts, scale_to, LayerRecord, Wanted};
+use super::taps::{Maps, Taps};
 use crate::adapter::{no_active, visit_active, AdaptableModel};
 use crate::bayes::precision::most_evident;
 use crate::data::batch::Batch;
@@ -36,6 +40,7 @@ use crate::error::{Error, Result};
 use crate::monteclora::MonteCLoRA;
 use crate::ops;
 use crate::predict::Predictor;
+use crate::util::{files, json};
 
 /// A Gaussian over the A of every tapped layer, with variances by row, and the predictions of the linearised
 /// model under it.
@@ -62,7 +67,7 @@ use crate::predict::Predictor;
 /// let seen = batches(&classifier, &encoder.encode(&data.train[..16])?, 8)?; // and train on them
 ///
 /// let taps = Taps::install(classifier.model.as_mut())?;
-/// let posterior = LinearisedPosterior::refitted(&classifier, taps.clone(), &seen, Some(512))?;
+/// let posterior = LinearisedPosterior::refitted(&classifier, taps.clone(), &seen, None)?;
 /// let new = batches(&classifier, &encoder.encode(&data.dev[0].1[..8])?, 8)?;
 /// let probabilities = posterior.predict(&classifier, &new)?.probabilities(1000, Noise::new(2))?;
 /// taps.remove(classifier.model.as_mut())?;
@@ -73,6 +78,12 @@ use crate::predict::Predictor;
 pub struct LinearisedPosterior {
     taps: Taps,
     variances: Vec<Vec<f64>>,
+}
+
+/// The file of a posterior.
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    variances: BTreeMap<String, Vec<f64>>,
 }
 
 impl LinearisedPosterior {
@@ -89,8 +100,9 @@ impl LinearisedPosterior {
         if variances.is_empty() {
             return Err(no_active("MonteCLoRA"));
         }
-        if variances.len() != taps.len() {
-            let reason = format!("{} of {} layers have a posterior over A", variances.len(), taps.len());
+        let tapped = taps.paths().len();
+        if variances.len() != tapped {
+            let reason = format!("{} of {tapped} layers have a posterior over A", variances.len());
             return Err(Error::config("adapter", reason));
         }
         Ok(Self { taps, variances })
@@ -100,33 +112,33 @@ impl LinearisedPosterior {
     /// follows from the curvature of the loss around the mean, instead of from training. Training alone hardly
     /// moves the scales, because its regulariser does not weigh them against the data.
     ///
-    /// With `max_rows`, batches are read until they have at least that many rows, and the sums are scaled up to
-    /// all rows. LoRA adapters can be tapped as well.
+    /// If the batches are a sample of the training rows, `of_rows` is the number of all, to which the sums are
+    /// scaled up. LoRA adapters can be tapped as well.
     ///
     /// # Errors
-    /// If there is no row, the model has fewer than two outputs, the forward or backward pass fails, or a value
+    /// If there is no row or more than `of_rows`, the model has fewer than two outputs, the forward or backward pass fails, or a value
     /// is not finite.
     pub fn refitted(
         model: &dyn Predictor,
         taps: Taps,
         batches: &[Batch],
-        max_rows: Option<usize>,
+        of_rows: Option<usize>,
     ) -> Result<Self> {
+        let scale = scale_to(of_rows, batches)?;
         let mut sums: Vec<Curvature> = Vec::new();
-        let scale = read_rows(batches, max_rows, |batch| {
-            let record = taps.record(model, batch)?;
+        for part in &parts(batches)? {
+            let record = taps.record(model, part, Maps::A, Wanted::Curvature)?;
             let roots = record.hessian_roots();
-            for (i, layer) in maps_of_a(&record.layers).enumerate() {
+            for (i, layer) in record.layers.iter().enumerate() {
                 let new = Curvature::new(layer, &roots)?;
                 match sums.get_mut(i) {
                     Some(sum) => sum.add(&new),
                     None => sums.push(new),
                 }
             }
-            Ok(())
-        })?;
+        }
         let mut squared_norm = 0.0;
-        for (_, a) in maps_of_a(&taps.parameters()) {
+        for (_, a) in taps.parameters(Maps::A) {
             squared_norm += a.detach().to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
         }
         // alpha g_i of every row, with the number of its elements.
@@ -145,6 +157,35 @@ impl LinearisedPosterior {
         Ok(Self { variances: variances.collect(), taps })
     }
 
+    /// Reads what [`Self::save`] wrote, for the adapters of `taps`.
+    ///
+    /// # Errors
+    /// If the file is missing or damaged, is of other layers or ranks, or holds a variance that is not positive.
+    pub fn read(path: &Path, taps: Taps) -> Result<Self> {
+        let mut saved: Saved = json::parse(std::fs::read(path).map_err(Error::io(path))?, path)?;
+        let mut variances = Vec::new();
+        for (layer, rank) in taps.paths().zip(taps.ranks()) {
+            let of_layer = saved.variances.remove(layer).filter(|of_layer| of_layer.len() == rank);
+            let valid = of_layer.filter(|of_layer| of_layer.iter().all(|v| *v > 0.0 && v.is_finite()));
+            variances.push(valid.ok_or_else(|| {
+                Error::format(path, format!("expected {rank} positive variances of {layer}"))
+            })?);
+        }
+        match saved.variances.keys().next() {
+            Some(layer) => Err(Error::format(path, format!("{layer} has no adapter in the model"))),
+            None => Ok(Self { taps, variances }),
+        }
+    }
+
+    /// Writes the variances of every layer as JSON, by the layers' paths.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let layers = self.taps.paths().map(str::to_string);
+        files::write_json(path, &Saved { variances: layers.zip(self.variances.iter().cloned()).collect() })
+    }
+
     /// The variances v of every layer, `(r)` each, in the order of the model.
     pub fn variances(&self) -> &[Vec<f64>] {
         &self.variances
@@ -157,10 +198,10 @@ impl LinearisedPosterior {
     /// If the forward or backward pass fails, or the model is not the one that was tapped.
     pub fn predict(&self, model: &dyn Predictor, batches: &[Batch]) -> Result<Linearised> {
         let mut all = Linearised { logits: Vec::new(), covariances: Vec::new() };
-        for batch in batches {
-            let record = self.taps.record(model, batch)?;
+        for part in &parts(batches)? {
+            let record = self.taps.record(model, part, Maps::A, Wanted::Jacobians)?;
             let mut sum: Option<Tensor> = None;
-            for (layer, variances) in maps_of_a(&record.layers).zip(&self.variances) {
+            for (layer, variances) in record.layers.iter().zip(&self.variances) {
                 sum = Some(ops::joined(sum, covariance(layer, variances)?)?);
             }
             let sum = sum.ok_or_else(|| no_active("MonteCLoRA"))?;
@@ -169,11 +210,6 @@ impl LinearisedPosterior {
         }
         Ok(all)
     }
-}
-
-/// Those of A, of what taps give for A and B of every layer in turn.
-fn maps_of_a<T>(pairs: &[T]) -> impl Iterator<Item = &T> {
-    pairs.iter().step_by(2)
 }
 
 /// `J (diag(v) (x) 1) J^T` of every example, `(b, c, c)`.

@@ -8,6 +8,19 @@ use crate::error::{Error, Result};
 use crate::metrics::softmax;
 use crate::ops;
 
+/// The most tokens that are recorded at once: a record keeps several activations of every layer.
+const TOKENS: usize = 2048;
+
+/// What a record of linear maps is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::bayes) enum Wanted {
+    /// The Jacobian of every logit.
+    Jacobians,
+    /// The curvature of the loss alone: of the gradients of the logits, only the differences to the last one
+    /// count, so that a class less is differentiated.
+    Curvature,
+}
+
 /// The logits of a batch and the records of some linear maps.
 #[derive(Debug)]
 pub(in crate::bayes) struct BatchRecord {
@@ -22,7 +35,8 @@ pub(in crate::bayes) struct BatchRecord {
 pub(in crate::bayes) struct LayerRecord {
     /// `(b, t, i)`; zero on padding.
     pub inputs: Tensor,
-    /// For each class k, `(b, t, o)`: the gradient of logit k.
+    /// For each class k, `(b, t, o)`: the gradient of logit k; for [`Wanted::Curvature`] minus that of the last
+    /// logit, which itself is left out.
     pub gradients: Vec<Tensor>,
     /// The number of tokens without padding.
     pub tokens: f64,
@@ -117,6 +131,7 @@ impl LayerRecord {
         let mut sum: Option<Tensor> = None;
         for root in roots {
             let mut column: Option<Tensor> = None;
+            // A column of the root sums to zero: subtracting the last logit's gradient changes nothing.
             for (gradient, root) in self.gradients.iter().zip(root) {
                 let factor = Tensor::from_slice(root, (root.len(), 1, 1), &device)?;
                 let term = gradient.broadcast_mul(&factor.to_dtype(dtype)?)?;
@@ -130,27 +145,32 @@ impl LayerRecord {
     }
 }
 
-/// Calls `read` on batches until they have at least `max_rows` rows. Returns the number of all rows for each
-/// that was read, by which sums are scaled up.
+/// The batches in parts of at most [`TOKENS`] tokens, or of one row.
 ///
 /// # Errors
-/// As `read`, or if there is no row.
-pub(in crate::bayes) fn read_rows(
-    batches: &[Batch],
-    max_rows: Option<usize>,
-    mut read: impl FnMut(&Batch) -> Result<()>,
-) -> Result<f64> {
-    let all: usize = batches.iter().map(|batch| batch.rows.len()).sum();
-    let mut rows = 0;
+/// If candle fails.
+pub(in crate::bayes) fn parts(batches: &[Batch]) -> Result<Vec<Batch>> {
+    let mut parts = Vec::new();
     for batch in batches {
-        if max_rows.is_some_and(|most| rows >= most) {
-            break;
+        let (rows, length) = batch.attention_mask.dims2()?;
+        let most = (TOKENS / length.max(1)).max(1);
+        for start in (0..rows).step_by(most) {
+            parts.push(batch.narrow(start, most.min(rows - start))?);
         }
-        read(batch)?;
-        rows += batch.rows.len();
     }
-    if rows == 0 {
-        return Err(Error::config("rows", "there is no row to take the curvature of"));
+    Ok(parts)
+}
+
+/// The factor that scales sums over the rows of `batches` up to `of_rows` rows, if they are a sample of those.
+///
+/// # Errors
+/// If there is no row, or more than `of_rows`.
+pub(in crate::bayes) fn scale_to(of_rows: Option<usize>, batches: &[Batch]) -> Result<f64> {
+    let rows: usize = batches.iter().map(|batch| batch.rows.len()).sum();
+    let all = of_rows.unwrap_or(rows);
+    if rows == 0 || rows > all {
+        let reason = format!("a curvature needs some of the {all} training rows, got {rows}");
+        return Err(Error::config("rows", reason));
     }
     Ok(all as f64 / rows as f64)
 }

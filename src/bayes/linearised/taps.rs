@@ -11,11 +11,13 @@
 //! the gradients of A and B: `dF/dA = sum_tokens dF/dt_h x^T`, `dF/dB = sum_tokens dF/dt_y (s h)^T`.
 
 use std::any::Any;
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 
 use candle_core::{Tensor, Var};
 
-use super::record::{BatchRecord, LayerRecord, Places};
+use super::record::{BatchRecord, LayerRecord, Places, Wanted};
 use crate::adapter::{
     no_active, other_method, AdaptableModel, Adapter, BaseLinear, Context, LowRank, Pass, Role,
 };
@@ -44,21 +46,33 @@ struct Tapped {
 /// The state that [`Taps`] shares with one tapped adapter.
 #[derive(Debug, Default)]
 struct Recording {
-    on: bool,
-    seen: Vec<TappedPass>,
+    /// The recordings of threads. Other threads use the model as if there were no taps.
+    threads: HashMap<ThreadId, Passes>,
     /// Whether the tap currently wraps the adapter.
     holds: bool,
     /// The adapter after its tap was dropped, until it is put back into its layer.
     freed: Option<Box<dyn Adapter>>,
 }
 
-#[derive(Debug)]
-struct TappedPass {
-    xs: Tensor,
-    h: Tensor,
-    tap_h: Var,
-    tap_y: Var,
+/// Which maps of an adapter are recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::bayes) enum Maps {
+    /// A alone.
+    A,
+    /// A and B.
+    Both,
 }
+
+/// The forward passes through one adapter that a thread has recorded.
+#[derive(Debug)]
+struct Passes {
+    maps: Maps,
+    seen: Vec<TappedPass>,
+}
+
+/// The inputs of the recorded maps with the taps at their outputs: of A, and then of B.
+#[derive(Debug)]
+struct TappedPass(Vec<(Tensor, Var)>);
 
 /// An adapter wrapped by a tap. It behaves as the wrapped adapter, also in [`Adapter::as_any`].
 #[derive(Debug)]
@@ -83,28 +97,35 @@ impl Drop for TappedAdapter {
 }
 
 fn lock(recording: &Mutex<Recording>) -> MutexGuard<'_, Recording> {
-    // A panic under the lock leaves a partial recording, which the next recording clears.
+    // A panic leaves a partial recording, which the next recording of that thread clears.
     recording.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Adapter for TappedAdapter {
     fn forward(&self, xs: &Tensor, base: &BaseLinear, cx: &Context) -> candle_core::Result<Tensor> {
-        if !lock(&self.recording).on {
+        let thread = thread::current().id();
+        let Some(maps) = lock(&self.recording).threads.get(&thread).map(|passes| passes.maps) else {
             return self.adapter().forward(xs, base, cx);
-        }
+        };
         let pair = &self.pair;
         // Detached: the gradients of A and B themselves are sums over examples, which are not needed.
         let (a, b) = (pair.a().detach(), pair.b().detach());
+        let tap = |xs: &Tensor| Var::zeros(xs.shape(), xs.dtype(), xs.device());
         let wide = xs.to_dtype(a.dtype())?;
         let h = ops::linear(&wide, &a, None, cx.path)?;
-        let tap_h = Var::zeros(h.shape(), h.dtype(), h.device())?;
-        let h = (h + tap_h.as_tensor())?;
-        let low = (ops::linear(&h, &b, None, cx.path)? * pair.scale())?;
-        let tap_y = Var::zeros(low.shape(), low.dtype(), low.device())?;
-        let low = (low + tap_y.as_tensor())?;
+        let of_a = tap(&h)?;
+        let h = (h + of_a.as_tensor())?;
+        let mut seen = vec![(wide.detach(), of_a)];
+        let mut low = (ops::linear(&h, &b, None, cx.path)? * pair.scale())?;
+        if maps == Maps::Both {
+            let of_b = tap(&low)?;
+            low = (low + of_b.as_tensor())?;
+            seen.push(((h.detach() * pair.scale())?, of_b));
+        }
         let frozen = base.forward_in(xs, cx)?.to_dtype(low.dtype())?;
-        let seen = TappedPass { xs: wide.detach(), h: (h.detach() * pair.scale())?, tap_h, tap_y };
-        lock(&self.recording).seen.push(seen);
+        if let Some(passes) = lock(&self.recording).threads.get_mut(&thread) {
+            passes.seen.push(TappedPass(seen));
+        }
         (frozen + low)?.to_dtype(xs.dtype())
     }
 
@@ -156,9 +177,14 @@ impl Taps {
         Ok(taps)
     }
 
-    /// The number of tapped layers.
-    pub(super) fn len(&self) -> usize {
-        self.layers.len()
+    /// The paths of the tapped layers, in the order of the model.
+    pub(super) fn paths(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.layers.iter().map(|layer| layer.path.as_str())
+    }
+
+    /// The ranks of the tapped adapters, in the order of the model.
+    pub(super) fn ranks(&self) -> impl Iterator<Item = usize> + '_ {
+        self.layers.iter().map(|layer| layer.pair.a().dims()[0])
     }
 
     /// Removes the taps.
@@ -198,59 +224,70 @@ impl Taps {
         })
     }
 
-    /// The uncertain tensors, A and B of every layer, with their names.
-    pub(in crate::bayes) fn parameters(&self) -> Vec<(String, Tensor)> {
-        let pair = |layer: &Tapped| {
+    /// The uncertain tensors, those of `maps` of every layer, with their names.
+    pub(in crate::bayes) fn parameters(&self, maps: Maps) -> Vec<(String, Tensor)> {
+        let of_layer = |layer: &Tapped| {
             let name = |role: &str| format!("{}.{}.{role}", layer.path, layer.adapter);
-            [(name("a"), layer.pair.a().clone()), (name("b"), layer.pair.b().clone())]
+            let b = (maps == Maps::Both).then(|| (name("b"), layer.pair.b().clone()));
+            [Some((name("a"), layer.pair.a().clone())), b]
         };
-        self.layers.iter().flat_map(pair).collect()
+        self.layers.iter().flat_map(of_layer).flatten().collect()
     }
 
-    /// Records one batch: the outputs, and the inputs and output gradients of A and B of every layer.
-    pub(in crate::bayes) fn record(&self, model: &dyn Predictor, batch: &Batch) -> Result<BatchRecord> {
-        self.switch(true);
+    /// Records one batch: the outputs, and the inputs and output gradients of the `maps` of every layer.
+    pub(in crate::bayes) fn record(
+        &self,
+        model: &dyn Predictor,
+        batch: &Batch,
+        maps: Maps,
+        wanted: Wanted,
+    ) -> Result<BatchRecord> {
+        self.start(maps);
         let outputs = model.predict(batch, &Pass::Mean.into());
-        let seen = self.switch(false);
+        let passes = self.finish();
         let outputs = outputs?;
         let (_, classes) = outputs.dims2()?;
         let places = Places::new(batch)?;
-        let mut layers = Vec::new();
-        for (layer, mut seen) in self.layers.iter().zip(seen) {
-            let (Some(seen), true) = (seen.pop(), seen.is_empty()) else {
+        let mut tapped = Vec::new();
+        for (layer, mut passes) in self.layers.iter().zip(passes) {
+            let (Some(TappedPass(maps)), true) = (passes.pop(), passes.is_empty()) else {
                 let reason = "a forward pass has to use the layer exactly once";
                 return Err(Error::config("laplace", format!("{}: {reason}", layer.path)));
             };
-            layers.push((layer, seen));
+            tapped.extend(maps.into_iter().map(|map| (layer, map)));
         }
-        let mut records: Vec<LayerRecord> = Vec::new();
-        for (_, seen) in &layers {
-            for inputs in [&seen.xs, &seen.h] {
-                records.push(LayerRecord::new(inputs, &places)?);
+        let records = tapped.iter().map(|(_, (inputs, _))| LayerRecord::new(inputs, &places));
+        let mut records = records.collect::<Result<Vec<_>>>()?;
+        let last = classes.saturating_sub(1);
+        let differentiated = if wanted == Wanted::Curvature { last } else { classes };
+        for class in 0..differentiated {
+            let mut output = outputs.narrow(1, class, 1)?;
+            if wanted == Wanted::Curvature {
+                output = (output - outputs.narrow(1, last, 1)?)?;
             }
-        }
-        for class in 0..classes {
-            let grads = outputs.narrow(1, class, 1)?.sum_all()?.backward()?;
-            for (i, (layer, seen)) in layers.iter().enumerate() {
-                for (place, tap) in [&seen.tap_h, &seen.tap_y].into_iter().enumerate() {
-                    let Some(grad) = grads.get(tap) else {
-                        let reason = "no gradient reaches the layer (gradient checkpointing must be off)";
-                        return Err(Error::config("laplace", format!("{}: {reason}", layer.path)));
-                    };
-                    records[2 * i + place].gradients.push(places.per_example(&grad.detach())?);
-                }
+            let grads = output.sum_all()?.backward()?;
+            for (record, (layer, (_, tap))) in records.iter_mut().zip(&tapped) {
+                let Some(grad) = grads.get(tap) else {
+                    let reason = "no gradient reaches the layer (gradient checkpointing must be off)";
+                    return Err(Error::config("laplace", format!("{}: {reason}", layer.path)));
+                };
+                record.gradients.push(places.per_example(&grad.detach())?);
             }
         }
         BatchRecord::new(&outputs, records)
     }
 
-    /// Starts or stops recording and returns what has been recorded so far.
-    fn switch(&self, on: bool) -> Vec<Vec<TappedPass>> {
-        let change = |layer: &Tapped| {
-            let mut recording = lock(&layer.recording);
-            recording.on = on;
-            std::mem::take(&mut recording.seen)
-        };
-        self.layers.iter().map(change).collect()
+    /// Starts to record the passes of this thread.
+    fn start(&self, maps: Maps) {
+        for layer in &self.layers {
+            let passes = Passes { maps, seen: Vec::new() };
+            lock(&layer.recording).threads.insert(thread::current().id(), passes);
+        }
+    }
+
+    /// Ends what [`Self::start`] started, and returns the passes of each layer.
+    fn finish(&self) -> Vec<Vec<TappedPass>> {
+        let passes = |layer: &Tapped| lock(&layer.recording).threads.remove(&thread::current().id());
+        self.layers.iter().map(|layer| passes(layer).map(|passes| passes.seen).unwrap_or_default()).collect()
     }
 }

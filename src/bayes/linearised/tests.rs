@@ -5,6 +5,7 @@ use candle_core::{Device, Tensor};
 use super::*;
 use crate::adapter::Pass;
 use crate::bayes::laplace::tests::{batch, dense, near, Toy, CLASSES};
+use crate::dist::Estimator;
 use crate::error::Result;
 use crate::monteclora::{Mixture, MonteCLoRA, MonteCLoRAConfig};
 use crate::predict::logits;
@@ -145,11 +146,11 @@ fn some_rows_stand_for_all_and_lora_can_be_refitted() -> Result<()> {
     let one: [(&[u32], u32); 2] = [(&[1, 2], 0), (&[4], 1)];
     let batches = [batch(&one)?, batch(&one)?, batch(&one)?];
     let taps = Taps::install(&mut toy)?;
-    let fit = |most| LinearisedPosterior::refitted(&toy, taps.clone(), &batches, most);
-    let (all, some) = (fit(None)?, fit(Some(1))?);
+    let fit = |batches, of_rows| LinearisedPosterior::refitted(&toy, taps.clone(), batches, of_rows);
+    let (all, some) = (fit(&batches, None)?, fit(&batches[..1], Some(6))?);
     all.variances()[0].iter().zip(&some.variances()[0]).for_each(|(a, b)| near(*a, *b));
-    let error = LinearisedPosterior::refitted(&toy, taps.clone(), &[], None).unwrap_err().to_string();
-    assert!(error.contains("no row"), "{error}");
+    let error = fit(&[], None).unwrap_err().to_string();
+    assert!(error.contains("got 0"), "{error}");
     let error = LinearisedPosterior::trained(&toy, taps).unwrap_err().to_string();
     assert!(error.contains("no layer has an active MonteCLoRA adapter"), "{error}");
     Ok(())
@@ -160,5 +161,15 @@ fn peft_s_clipped_variances_are_refused() -> Result<()> {
     let toy = drawn(MonteCLoRAConfig { rank: RANK, ..MonteCLoRAConfig::peft() })?;
     let error = adapter(&toy).posterior().row_variances().unwrap_err().to_string();
     assert!(error.contains("compat"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn weights_that_are_no_dirichlet_s_are_refused() -> Result<()> {
+    for estimator in [Estimator::Exponential, Estimator::LogisticNormal] {
+        let toy = drawn(MonteCLoRAConfig { estimator, ..Default::default() })?;
+        let error = adapter(&toy).posterior().row_variances().unwrap_err().to_string();
+        assert!(error.contains("estimator"), "{error}");
+    }
     Ok(())
 }

@@ -52,8 +52,8 @@ fn whole_jacobians(json: &serde_json::Value, maps: usize, dtype: DType, toleranc
     let rows: [(&[u32], u32); 3] = [(&[5, 6, 7, 8, 9], 0), (&[10, 11], 1), (&[12, 13], 2)];
     let all = Batch::collate(&encoded(&rows).iter().collect::<Vec<_>>(), 1, &Device::Cpu)?;
     let taps = Taps::install(model.0.as_mut())?;
-    let record = taps.record(&model, &all)?;
-    let named = taps.parameters();
+    let record = taps.record(&model, &all, Maps::Both, Wanted::Jacobians)?;
+    let named = taps.parameters(Maps::Both);
     taps.remove(model.0.as_mut())?;
     assert_eq!((named.len(), record.layers.len()), (maps, maps));
     for (n, row) in rows.iter().enumerate() {
