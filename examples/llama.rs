@@ -54,7 +54,8 @@ use serde_json::{json, Value};
 #[derive(Parser, Clone)]
 #[command(name = "llama", version, next_help_heading = "Model and data", after_help = EXAMPLES)]
 struct Args {
-    /// A model folder, a hub repository, or a GGUF file of either. Default: the bundled stories260K.
+    /// A model folder, a hub repository, or a GGUF file of either. Default: the base that --adapter names, or the
+    /// bundled stories260K.
     #[arg(long)]
     model: Option<String>,
     /// The branch, tag or commit of the --model's repository.
@@ -86,7 +87,7 @@ struct Args {
     /// Train on the prompts as well as the answers.
     #[arg(long, help_heading = "Training")]
     learn_prompt: bool,
-    /// Pack several rows into one sequence.
+    /// Pack several rows into one sequence, in which later rows see earlier ones.
     #[arg(long, help_heading = "Training")]
     packing: bool,
     /// The prompt to continue before and after training. Default: the first held-out prompt, of a text its
@@ -113,7 +114,7 @@ struct Args {
     /// The dtype of the frozen base: f32, bf16 or f16.
     #[arg(long, default_value = "f32", help_heading = "Model and data")]
     dtype: String,
-    /// Quantise the frozen base: q8_0, q6k, q5k, q4k, q3k, q2k, q5_1, q5_0, q4_1 or q4_0.
+    /// Quantise the frozen base: bf16, f16, q8_0, q6k, q5k, q4k, q3k, q2k, q5_1, q5_0, q4_1 or q4_0.
     #[arg(long, help_heading = "Model and data")]
     quantize: Option<Quantization>,
     /// The folder for metrics.json, log.jsonl and adapter/ (with full, model/). With several methods, each
@@ -159,8 +160,8 @@ fn run(processes: &Processes) -> Outcome {
     args.method.find_adapter()?;
     args.task.benchmark()?; // fails here, not after an hour of training
     processes.join(&args.device)?;
-    let model = match &args.model {
-        Some(model) => model.clone(),
+    let model = match args.model.clone().or(args.method.base()?) {
+        Some(model) => model,
         None => common::asset("stories260k")?,
     };
     let files = common::download::model_files(&model, args.revision.as_deref())?.quantized(args.quantize);

@@ -51,7 +51,7 @@ struct Args {
     /// The dtype of the frozen base: f32, bf16 or f16.
     #[arg(long, default_value = "f32")]
     dtype: String,
-    /// Quantise the frozen base: q8_0, q6k, q5k, q4k, q3k, q2k, q5_1, q5_0, q4_1 or q4_0.
+    /// Quantise the frozen base: bf16, f16, q8_0, q6k, q5k, q4k, q3k, q2k, q5_1, q5_0, q4_1 or q4_0.
     #[arg(long)]
     quantize: Option<Quantization>,
     /// Skip the peak memory, which on the CPU takes three more steps of each method.

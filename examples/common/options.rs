@@ -97,6 +97,12 @@ impl MethodOptions {
         Ok(())
     }
 
+    /// The base that --adapter names.
+    pub fn base(&self) -> Outcome<Option<String>> {
+        let file = self.adapter.as_deref().map(AdapterFile::read).transpose()?;
+        Ok(file.and_then(|file| file.config.base_model_name_or_path))
+    }
+
     /// The names of the methods to run, one after the other.
     pub fn names(&self) -> Outcome<Vec<String>> {
         let of_file = match &self.adapter {

@@ -86,8 +86,8 @@ pub struct TrainOptions {
     /// Keep the last parameters instead of those of the best evaluation.
     #[arg(long)]
     pub keep_last: bool,
-    /// Keep only each layer's input and recompute the layer in the backward pass: less memory for about a
-    /// third more time.
+    /// Keep only each layer's input and recompute the layer in the backward pass: less memory for up to 1.6
+    /// times the time.
     #[arg(long)]
     pub checkpoint_layers: bool,
     /// What to do with a step whose loss or gradient is not finite: stop or skip.

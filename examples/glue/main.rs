@@ -41,7 +41,7 @@ use serde_json::Value;
 #[derive(Parser, Clone)]
 #[command(name = "glue", version, next_help_heading = "Model and data", after_help = EXAMPLES)]
 struct Args {
-    /// A model folder or a hub repository. Default: the bundled model.
+    /// A model folder or a hub repository. Default: the base that --adapter names, or the bundled model.
     #[arg(long)]
     model: Option<String>,
     /// The branch, tag or commit of the repository of --model.
@@ -91,7 +91,7 @@ struct Args {
     /// The dtype of the frozen base: f32, bf16 or f16.
     #[arg(long, default_value = "f32", help_heading = "Model and data")]
     dtype: String,
-    /// Quantise the frozen base: q8_0, q6k, q5k, q4k, q3k, q2k, q5_1, q5_0, q4_1 or q4_0.
+    /// Quantise the frozen base: bf16, f16, q8_0, q6k, q5k, q4k, q3k, q2k, q5_1, q5_0, q4_1 or q4_0.
     #[arg(long, help_heading = "Model and data")]
     quantize: Option<Quantization>,
     /// The folder for metrics.json, predictions.jsonl, log.jsonl and adapter/ (with full, model/). With
@@ -156,8 +156,8 @@ fn run(processes: &Processes) -> Outcome {
         }
         .run();
     }
-    let model = match &args.model {
-        Some(model) => model.clone(),
+    let model = match args.model.clone().or(args.method.base()?) {
+        Some(model) => model,
         None => common::asset("tiny-roberta")?,
     };
     let (goal, data) = match (&args.tables.train, &args.data, &args.model) {

@@ -76,7 +76,7 @@ pub trait CausalLm: AdaptableModel + Send + Sync {
     ///
     /// # Shapes
     /// - `input_ids`: `(b, t)` of u32
-    /// - `attention_mask`: `(b, cached + t)` of u8, 1 on real tokens; it has no columns for virtual tokens
+    /// - `attention_mask`: `(b, cached + t)` of u8, 1 on real tokens, on any device; it has no columns for virtual tokens
     /// - output: `(b, t, hidden)`
     ///
     /// # Errors

@@ -1,5 +1,7 @@
 //! Reads the tokens that end a text from the two files in which a model may list them.
 
+use std::collections::BTreeMap;
+
 use candle_transformers::models::llama::LlamaEosToks;
 use serde::Deserialize;
 
@@ -10,7 +12,8 @@ use crate::util::json;
 
 impl DecoderConfig {
     /// Reads the configuration from a model's files: `config.json`, plus the end tokens in
-    /// `generation_config.json`, where instruction-tuned models list the tokens that end a turn.
+    /// `generation_config.json`, where instruction-tuned models list the tokens that end a turn. The end token
+    /// of `tokenizer_config.json` comes first if it is one of them.
     ///
     /// # Errors
     /// As [`Self::from_file`], for either file; or if the hub fails.
@@ -23,23 +26,59 @@ impl DecoderConfig {
         let config = files.config_path();
         let mut config =
             Self::from_value(files.config()?).map_err(|e| Error::format(config, e.to_string()))?;
-        let Some(path) = files.file("generation_config.json")? else { return Ok(config) };
-        let Generation { eos_token_id } = json::parse(json::read_config(&path)?, &path)?;
-        let mut ends = config.eos_token_ids.clone();
-        let more = match eos_token_id {
-            None => return Ok(config),
-            Some(LlamaEosToks::Single(id)) => vec![id],
-            Some(LlamaEosToks::Multiple(ids)) => ids,
-        };
-        for id in more {
-            if !ends.contains(&id) {
-                ends.push(id);
+        if let Some(path) = files.file("generation_config.json")? {
+            let Generation { eos_token_id } = json::parse(json::read_config(&path)?, &path)?;
+            let more = match eos_token_id {
+                None => Vec::new(),
+                Some(LlamaEosToks::Single(id)) => vec![id],
+                Some(LlamaEosToks::Multiple(ids)) => ids,
+            };
+            for id in more {
+                if !config.eos_token_ids.contains(&id) {
+                    config.eos_token_ids.push(id);
+                }
             }
+            config.validate().map_err(|e| Error::format(&path, e.to_string()))?;
         }
-        config.eos_token_ids = ends;
-        config.validate().map_err(|e| Error::format(&path, e.to_string()))?;
+        put_first(&mut config.eos_token_ids, end_of_tokenizer(files)?);
         Ok(config)
     }
+}
+
+/// Puts the end token that the tokenizer names first: answers are trained to end with the first one, and an
+/// instruction-tuned model ends its turns with the tokenizer's, whatever else ends a text.
+fn put_first(ends: &mut [u32], of_tokenizer: Option<u32>) {
+    if let Some(place) = ends.iter().position(|end| Some(*end) == of_tokenizer) {
+        ends[..=place].rotate_right(1);
+    }
+}
+
+/// The id of the end token in `tokenizer_config.json`, if it has both its text and the ids of added tokens.
+fn end_of_tokenizer(files: &ModelFiles) -> Result<Option<u32>> {
+    #[derive(Deserialize)]
+    struct Added {
+        content: String,
+    }
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Named {
+        Text(String),
+        Token(Added),
+    }
+    #[derive(Deserialize)]
+    struct OfTokenizer {
+        eos_token: Option<Named>,
+        #[serde(default)]
+        added_tokens_decoder: BTreeMap<String, Added>,
+    }
+    let Some(path) = files.file("tokenizer_config.json")? else { return Ok(None) };
+    // A tokenizer's file may have any other form; then its end token is not known.
+    let Ok(found) = json::parse::<OfTokenizer>(json::read_config(&path)?, &path) else { return Ok(None) };
+    let Some(Named::Text(end) | Named::Token(Added { content: end })) = found.eos_token else {
+        return Ok(None);
+    };
+    let id = found.added_tokens_decoder.iter().find(|(_, added)| added.content == end);
+    Ok(id.and_then(|(id, _)| id.parse().ok()))
 }
 
 #[cfg(test)]
@@ -79,6 +118,27 @@ mod tests {
             std::fs::write(at("generation_config.json"), bad).unwrap();
             let error = ends().unwrap_err().to_string();
             assert!(error.contains("generation_config.json") && error.contains(reason), "{error}");
+        }
+        // The end that the tokenizer names comes first, if it is one of them.
+        std::fs::write(at("generation_config.json"), "{\"eos_token_id\": [12, 13]}").unwrap();
+        for (tokenizer, expected) in [
+            (
+                json!({"eos_token": "<e>", "added_tokens_decoder": {"13": {"content": "<e>"}}}),
+                vec![13, 11, 12],
+            ),
+            (
+                json!({"eos_token": {"content": "<e>"}, "added_tokens_decoder": {"12": {"content": "<e>"}}}),
+                vec![12, 11, 13],
+            ),
+            (
+                json!({"eos_token": "<e>", "added_tokens_decoder": {"9": {"content": "<e>"}}}),
+                vec![11, 12, 13],
+            ),
+            (json!({"eos_token": "<e>"}), vec![11, 12, 13]),
+            (json!({"eos_token": 3}), vec![11, 12, 13]),
+        ] {
+            std::fs::write(at("tokenizer_config.json"), tokenizer.to_string()).unwrap();
+            assert_eq!(ends()?, expected, "{tokenizer}");
         }
         // `config.json` may list no end token.
         let mut json = toy();

@@ -21,6 +21,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use candle_core::{DType, Device};
 use clap::Parser;
+use monteclora::bayes::LinearisedClassifier;
 use monteclora::data::task::Example;
 use monteclora::metrics::entropy;
 use monteclora::models::hub::ModelFiles;
@@ -43,6 +44,9 @@ struct Args {
     /// The maximum number of tokens in a text; longer texts are cut. Default: the model's.
     #[arg(long)]
     max_length: Option<usize>,
+    /// Answer without draws in the linearised model, with the posterior of a run with this option.
+    #[arg(long)]
+    linearised: bool,
     /// The maximum number of texts, and of posterior draws, in a request.
     #[arg(long, default_value_t = 64)]
     limit: usize,
@@ -57,7 +61,7 @@ struct Args {
 #[derive(Deserialize)]
 struct Request {
     texts: Vec<Text>,
-    /// The number of posterior draws to average; 0 uses the mean.
+    /// The number of posterior draws to average; 0 uses the mean, or the linearised model.
     #[serde(default)]
     draws: usize,
 }
@@ -99,9 +103,31 @@ struct Answer {
 
 type Failure = (StatusCode, String);
 
+/// What predicts.
+enum Model {
+    Plain(Classifier),
+    Linearised(LinearisedClassifier),
+}
+
+impl Model {
+    fn classifier(&self) -> &Classifier {
+        match self {
+            Self::Plain(classifier) => classifier,
+            Self::Linearised(linearised) => linearised.classifier(),
+        }
+    }
+
+    fn classifier_mut(&mut self) -> &mut Classifier {
+        match self {
+            Self::Plain(classifier) => classifier,
+            Self::Linearised(linearised) => linearised.classifier_mut(),
+        }
+    }
+}
+
 /// The state that all requests share.
 struct Shared {
-    classifier: Classifier,
+    model: Model,
     limit: usize,
     /// One permit for each request that is being computed.
     places: Arc<Semaphore>,
@@ -124,12 +150,16 @@ fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let base = args.model.map(|model| ModelFiles::locate(&model, None)).transpose()?;
-    let mut classifier = Classifier::open(&args.folder, base.as_ref(), DType::F32, &Device::Cpu)?;
+    let (folder, base, dtype, device) = (&args.folder, base.as_ref(), DType::F32, Device::Cpu);
+    let mut model = match args.linearised {
+        true => Model::Linearised(LinearisedClassifier::open(folder, base, dtype, &device)?),
+        false => Model::Plain(Classifier::open(folder, base, dtype, &device)?),
+    };
     if let Some(max_length) = args.max_length {
-        classifier.set_max_length(max_length)?;
+        model.classifier_mut().set_max_length(max_length)?;
     }
     let shared = Arc::new(Shared {
-        classifier,
+        model,
         limit: args.limit,
         places: Arc::new(Semaphore::new(args.threads.unwrap_or(cores))),
     });
@@ -171,19 +201,20 @@ async fn predict(
 }
 
 impl Shared {
-    /// Answers each text with the mean or, if draws are requested, with their average.
+    /// Answers each text with the mean or the linearised model or, if draws are requested, with their average.
     fn answer(&self, request: &Request) -> monteclora::Result<Vec<Answer>> {
         let texts: Vec<Example> = request.texts.iter().map(Text::example).collect();
-        let predictions = match request.draws {
-            0 => self.classifier.predict(&texts, &Pass::Mean)?,
-            draws => self.classifier.predict_averaged(&texts, draws)?,
+        let predictions = match (&self.model, request.draws) {
+            (Model::Linearised(linearised), 0) => linearised.predict(&texts)?,
+            (Model::Plain(classifier), 0) => classifier.predict(&texts, &Pass::Mean)?,
+            (model, draws) => model.classifier().predict_averaged(&texts, draws)?,
         };
         Ok(predictions.into_iter().map(|prediction| self.said(prediction)).collect())
     }
 
     fn said(&self, prediction: Prediction) -> Answer {
         let Prediction { label, values, uncertainty } = prediction;
-        let names = self.classifier.labels.names().iter().cloned();
+        let names = self.model.classifier().labels.names().iter().cloned();
         Answer {
             entropy: label.as_ref().map(|_| entropy(&values)),
             label,

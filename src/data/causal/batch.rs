@@ -13,7 +13,7 @@ pub struct CausalBatch {
     pub rows: Vec<usize>,
     /// `(b, t)` of u32.
     pub input_ids: Tensor,
-    /// `(b, t)` of u8, 1 on real tokens.
+    /// `(b, t)` of u8, 1 on real tokens; always on the host, where a decoder reads it to pack the batch.
     pub attention_mask: Tensor,
     /// The `n` positions, in the flattened `(b * t)`, whose hidden states predict a target; each is one
     /// before its target. The shift happens here and nowhere else.
@@ -49,7 +49,7 @@ impl CausalBatch {
         Ok(Self {
             rows: rows.iter().map(|row| row.row).collect(),
             input_ids: Tensor::from_vec(ids, (b, t), device)?,
-            attention_mask: Tensor::from_vec(mask, (b, t), device)?,
+            attention_mask: Tensor::from_vec(mask, (b, t), &Device::Cpu)?,
             positions: Rows::new(positions, b * t, device)?,
             targets: Tensor::from_vec(targets, n, &Device::Cpu)?,
             counts: rows.iter().map(|row| row.targets()).collect(),

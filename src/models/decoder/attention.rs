@@ -75,21 +75,29 @@ impl Attention {
         step: &Step,
         cache: Option<&mut KvCache>,
     ) -> candle_core::Result<Tensor> {
-        let [q, k, mut v] = self.qkv.forward(xs, &step.cx)?; // (b, t, heads * dim) each
+        let [mut q, mut k, mut v] = self.qkv.forward(xs, &step.cx)?; // (b, t, heads * dim) each, or packed
+        if let Some(packed) = &step.packed {
+            let pad = |xs| packed.pad(xs, step.cx.path);
+            (q, k, v) = (pad(&q)?, pad(&k)?, pad(&v)?);
+        }
         let [q_norm, k_norm] = match &self.norms {
             Some([q, k]) => [Some(q), Some(k)],
             None => [None, None],
         };
         let angles = step.angles_of(self.layer.positions);
-        let q = self.place(q, self.heads, q_norm, angles, step)?;
-        let mut k = self.place(k, self.kv_heads, k_norm, angles, step)?;
+        q = self.place(q, self.heads, q_norm, angles, step)?;
+        k = self.place(k, self.kv_heads, k_norm, angles, step)?;
         if let Some(cache) = cache {
             (k, v) = cache.append(&k.detach().contiguous()?, &v.detach().contiguous()?)?;
         }
         let mask = Mask { window: self.window.clone(), ..step.mask.clone() };
         let dropout = self.probs_dropout.active(&step.cx);
         let (heads, kv_heads) = (self.heads, self.kv_heads);
-        let context = ops::attention(&q, &k, &v, heads, kv_heads, self.scores, &mask, dropout, step.cx.path)?;
+        let path = step.cx.path;
+        let mut context = ops::attention(&q, &k, &v, heads, kv_heads, self.scores, &mask, dropout, path)?;
+        if let Some(packed) = &step.packed {
+            context = packed.pack(&context, path)?;
+        }
         self.o_proj.forward(&context, &step.cx)
     }
 

@@ -68,7 +68,8 @@ impl DecoderForSequenceClassification {
         let (b, t, _) = hidden.dims3()?;
         // The column of the last real token; in f32, which is exact here and has an argmax on every backend.
         let columns = Tensor::arange(0u32, t as u32, hidden.device())?.to_dtype(DType::F32)?;
-        let last = attention_mask.to_dtype(DType::F32)?.broadcast_mul(&columns)?.argmax(D::Minus1)?;
+        let mask = ops::carry(attention_mask, hidden.device())?;
+        let last = mask.to_dtype(DType::F32)?.broadcast_mul(&columns)?.argmax(D::Minus1)?;
         let starts: Vec<u32> = (0..b).map(|row| (row * t) as u32).collect();
         let at = (Tensor::from_vec(starts, b, hidden.device())? + last)?;
         let chosen = hidden.flatten_to(1)?.index_select(&at, 0)?; // (b, d)

@@ -7,7 +7,7 @@ use candle_nn::Init;
 
 use super::config::DecoderConfig;
 use super::layer::Layer;
-use super::step::{Step, Tables};
+use super::step::{Packed, Step, Tables};
 use crate::adapter::{linears, AdaptableEmbedding, AdaptableModel, Context, Pass};
 use crate::error::{Error, Result};
 use crate::models::causal::Cache;
@@ -117,20 +117,28 @@ impl Decoder {
         if cache.is_some() && p > 0 {
             check_first_tokens(attention_mask)?;
         }
-        let place = |rows| self.embeddings.after_padding(rows, attention_mask);
-        let padding = place(self.embeddings.extend_mask(attention_mask)?)?;
+        // A new batch without virtual tokens is packed to its real tokens between attentions.
+        let packs = cache.is_none() && p == 0 && attention_mask.dims() == input_ids.dims();
+        let mask = &ops::carry(attention_mask, self.device())?;
+        let place = |rows| self.embeddings.after_padding(rows, mask);
+        let padding = place(self.embeddings.extend_mask(mask)?)?;
         let room = cache.as_ref().map(|cache| cache.room());
         let step_at = |place: usize| -> candle_core::Result<Step> {
-            let (tables, causal) = &self.shared[place];
-            let padding = ops::carry(&padding, self.placement.device(place))?;
+            let ((tables, causal), device) = (&self.shared[place], self.placement.device(place));
+            let padding = ops::carry(&padding, device)?;
             let mask = Mask { padding: Some(padding), causal: Some(causal.clone()), window: None };
-            Ok(Step { mask, angles: tables.angles(seen, p + t, room)?, cx: cx.clone() })
+            let packed = packs.then(|| Packed::new(attention_mask, device)).transpose()?.flatten();
+            Ok(Step { mask, angles: tables.angles(seen, p + t, room)?, packed, cx: cx.clone() })
         };
         let (mut at, mut step) = (0, step_at(0)?);
         let mut xs = match seen {
             0 => place(self.embeddings.forward(input_ids, cx.path)?)?, // (b, p + t, d)
             _ => self.embeddings.lookup(input_ids, cx.path)?,          // (b, t, d)
         };
+        let packed = step.packed.clone();
+        if let Some(packed) = &packed {
+            xs = packed.pack(&xs, cx.path)?; // (n, d)
+        }
         for (i, layer) in self.layers.iter().enumerate() {
             let cached = cache.as_mut().and_then(|cache| cache.layer(i));
             let own = self.placement.place_of(i);
@@ -149,8 +157,11 @@ impl Decoder {
         }
         // All real tokens are in the last t columns: virtual tokens only change places with left padding.
         let xs = if p > 0 { xs.narrow(1, p, t)? } else { xs };
-        let xs = self.placement.carry(&xs, at, 0)?;
-        self.norm.forward_on(&xs, cx.path)
+        let xs = self.norm.forward_on(&self.placement.carry(&xs, at, 0)?, cx.path)?;
+        match packed {
+            Some(packed) => packed.pad(&xs, cx.path),
+            None => Ok(xs),
+        }
     }
 
     /// Returns an empty cache for this decoder, with room for `capacity` tokens per row.
