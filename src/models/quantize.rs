@@ -186,7 +186,7 @@ mod tests {
         let wanted =
             Wanted { name: "w", shape: (rows, columns), is_table: false, init, dtype: DType::F32, device };
         let blocks = source.get(&wanted)?.unwrap().dequantize()?;
-        let worst = (blocks - dense)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        let worst = (blocks - &dense)?.abs()?.max_all()?.to_scalar::<f32>()?;
         assert!(worst < 0.005, "{worst}"); // half of a step of 1 / 127
                                            // The numbers of a checkpoint of the same dtype are kept as they are, also in a table.
         let rounded = dense.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;

@@ -1,20 +1,20 @@
 //! Sequence classifiers of every architecture, chosen by a checkpoint's configuration.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use serde_json::{json, Value};
 
-use super::deberta::{DebertaConfig, DebertaForSequenceClassification};
-use super::decoder::{DecoderConfig, DecoderForSequenceClassification};
-use super::distilbert::{DistilBertConfig, DistilBertForSequenceClassification};
+use super::deberta::DebertaConfig;
+use super::decoder::DecoderConfig;
+use super::distilbert::DistilBertConfig;
 use super::hub::ModelFiles;
-use super::modernbert::{ModernBertConfig, ModernBertForSequenceClassification};
-use super::roberta::{Family, RobertaConfig, RobertaForSequenceClassification};
+use super::modernbert::ModernBertConfig;
+use super::roberta::RobertaConfig;
+use super::sequence_classifier::ClassifierConfig;
 pub use super::sequence_classifier::SequenceClassifier;
 use super::weights::Weights;
-use crate::adapter::Context;
 use crate::error::{Error, Result};
 use crate::labels::Labels;
 use crate::noise::Noise;
@@ -25,75 +25,53 @@ use crate::util::json;
 #[cfg(feature = "train")]
 pub(crate) const OUTPUT_LAYERS: [&str; 3] = ["classifier.out_proj", "classifier", "score"];
 
-impl SequenceClassifier for RobertaForSequenceClassification {
-    fn logits(
-        &self,
-        input_ids: &Tensor,
-        token_type_ids: &Tensor,
-        attention_mask: &Tensor,
-        cx: &Context,
-    ) -> candle_core::Result<Tensor> {
-        // RoBERTa has only one token type, but its tokenizers number the two texts of a pair all the same.
-        let types = (self.config().type_vocab_size > 1).then_some(token_type_ids);
-        self.forward(input_ids, types, attention_mask, cx)
-    }
-
-    fn set_checkpoint_layers(&mut self, on: bool) {
-        self.set_checkpoint_layers(on); // the inherent method
-    }
-
-    fn num_labels(&self) -> usize {
-        self.config().num_labels()
-    }
-
-    fn pad_id(&self) -> u32 {
-        self.config().pad_id()
-    }
+/// An architecture of encoders.
+struct Encoder {
+    model_type: &'static str,
+    /// The name of its class in transformers, without `ForSequenceClassification`.
+    class: &'static str,
+    read: Read,
 }
 
-impl SequenceClassifier for DecoderForSequenceClassification {
-    fn logits(
-        &self,
-        input_ids: &Tensor,
-        _token_type_ids: &Tensor,
-        attention_mask: &Tensor,
-        cx: &Context,
-    ) -> candle_core::Result<Tensor> {
-        self.forward(input_ids, attention_mask, cx)
-    }
+/// Reads a `config.json` for a number of outputs.
+type Read = fn(&[u8], &Path, usize) -> Result<Arc<dyn ClassifierConfig>>;
 
-    fn set_checkpoint_layers(&mut self, on: bool) {
-        self.set_checkpoint_layers(on); // the inherent method
-    }
+const ENCODERS: [Encoder; 8] = [
+    Encoder { model_type: "roberta", class: "Roberta", read: roberta },
+    Encoder { model_type: "bert", class: "Bert", read: roberta },
+    Encoder { model_type: "xlm-roberta", class: "XLMRoberta", read: roberta },
+    Encoder { model_type: "camembert", class: "Camembert", read: roberta },
+    Encoder { model_type: "electra", class: "Electra", read: roberta },
+    Encoder {
+        model_type: "distilbert",
+        class: "DistilBert",
+        read: |text, path, labels| Ok(Arc::new(DistilBertConfig::parse(text, path)?.with_num_labels(labels))),
+    },
+    Encoder {
+        model_type: "deberta-v2",
+        class: "DebertaV2",
+        read: |text, path, labels| Ok(Arc::new(DebertaConfig::parse(text, path)?.with_num_labels(labels))),
+    },
+    Encoder {
+        model_type: "modernbert",
+        class: "ModernBert",
+        read: |text, path, labels| Ok(Arc::new(ModernBertConfig::parse(text, path)?.with_num_labels(labels))),
+    },
+];
 
-    fn num_labels(&self) -> usize {
-        self.config().num_labels
-    }
-
-    fn pad_id(&self) -> u32 {
-        self.config().pad_id()
-    }
+fn roberta(text: &[u8], path: &Path, labels: usize) -> Result<Arc<dyn ClassifierConfig>> {
+    Ok(Arc::new(RobertaConfig::parse(text, path)?.with_num_labels(labels)))
 }
-
-/// The supported `model_type`s of encoders.
-const ENCODERS: [&str; 8] =
-    ["roberta", "bert", "xlm-roberta", "camembert", "electra", "distilbert", "deberta-v2", "modernbert"];
 
 /// The configuration of a classifier of any architecture, selected by the file's `model_type`.
 #[derive(Debug, Clone)]
 pub struct SequenceConfig {
-    architecture: Architecture,
+    config: Arc<dyn ClassifierConfig>,
+    /// The name of its class in transformers.
+    class: String,
+    is_decoder: bool,
     json: Value,
     labels: Labels,
-}
-
-#[derive(Debug, Clone)]
-enum Architecture {
-    Roberta(RobertaConfig),
-    DistilBert(DistilBertConfig),
-    Deberta(DebertaConfig),
-    ModernBert(ModernBertConfig),
-    Decoder(Box<DecoderConfig>),
 }
 
 impl SequenceConfig {
@@ -129,33 +107,25 @@ impl SequenceConfig {
     /// Like [`Self::from_file`], from the file's bytes; `path` is only used in errors.
     pub(crate) fn parse(text: &[u8], path: &Path, num_labels: usize) -> Result<Self> {
         let json: Value = json::parse(text, path)?;
-        let architecture = match json.get("model_type").and_then(Value::as_str) {
-            Some(kind) if DecoderConfig::model_types().any(|known| known == kind) => {
-                let config = DecoderConfig::parse(text, path)?.with_num_labels(num_labels);
-                Architecture::Decoder(Box::new(config))
-            }
-            Some("roberta" | "bert" | "xlm-roberta" | "camembert" | "electra") => {
-                Architecture::Roberta(RobertaConfig::parse(text, path)?.with_num_labels(num_labels))
-            }
-            Some("distilbert") => {
-                Architecture::DistilBert(DistilBertConfig::parse(text, path)?.with_num_labels(num_labels))
-            }
-            Some("deberta-v2") => {
-                Architecture::Deberta(DebertaConfig::parse(text, path)?.with_num_labels(num_labels))
-            }
-            Some("modernbert") => {
-                Architecture::ModernBert(ModernBertConfig::parse(text, path)?.with_num_labels(num_labels))
-            }
-            other => {
-                let known: Vec<_> = ENCODERS.into_iter().chain(DecoderConfig::model_types()).collect();
-                let (known, got) = (known.join(", "), other.unwrap_or("none"));
-                let reason = format!("model_type: expected one of {known}, got {got}");
-                return Err(Error::format(path, reason));
-            }
+        let model_type = json.get("model_type").and_then(Value::as_str);
+        let encoder = ENCODERS.iter().find(|encoder| Some(encoder.model_type) == model_type);
+        let is_decoder = DecoderConfig::model_types().any(|known| Some(known) == model_type);
+        let (config, class): (Arc<dyn ClassifierConfig>, _) = if let Some(encoder) = encoder {
+            let class = format!("{}ForSequenceClassification", encoder.class);
+            ((encoder.read)(text, path, num_labels)?, class)
+        } else if is_decoder {
+            let config = DecoderConfig::parse(text, path)?.with_num_labels(num_labels);
+            let class = config.class_name("ForSequenceClassification");
+            (Arc::new(config), class)
+        } else {
+            let encoders = ENCODERS.iter().map(|encoder| encoder.model_type);
+            let known: Vec<_> = encoders.chain(DecoderConfig::model_types()).collect();
+            let (known, got) = (known.join(", "), model_type.unwrap_or("none"));
+            return Err(Error::format(path, format!("model_type: expected one of {known}, got {got}")));
         };
         let named = Labels::of_config(&json).ok().flatten().filter(|named| named.len() == num_labels);
         let labels = named.unwrap_or_else(|| Labels::numbered(num_labels));
-        Ok(Self { architecture, json, labels })
+        Ok(Self { config, class, is_decoder, json, labels })
     }
 
     /// The names of the outputs.
@@ -197,63 +167,32 @@ impl SequenceConfig {
 
     /// Whether the model is a decoder, whose head reads the last token.
     pub fn is_decoder(&self) -> bool {
-        matches!(self.architecture, Architecture::Decoder(_))
+        self.is_decoder
     }
 
     /// The tensors of the head that have one row per output.
     pub fn output_tensors(&self) -> &'static [&'static str] {
-        match &self.architecture {
-            Architecture::Decoder(_) => &["score.weight"],
-            Architecture::Roberta(config) => match config.model_type {
-                Family::Roberta | Family::Electra => {
-                    &["classifier.out_proj.weight", "classifier.out_proj.bias"]
-                }
-                Family::Bert => &["classifier.weight", "classifier.bias"],
-            },
-            Architecture::DistilBert(_) | Architecture::Deberta(_) | Architecture::ModernBert(_) => {
-                &["classifier.weight", "classifier.bias"]
-            }
-        }
+        self.config.output_tensors()
     }
 
     /// The number of token ids.
     pub fn vocab_size(&self) -> usize {
-        match &self.architecture {
-            Architecture::Roberta(config) => config.vocab_size,
-            Architecture::DistilBert(config) => config.vocab_size,
-            Architecture::Deberta(config) => config.vocab_size,
-            Architecture::ModernBert(config) => config.vocab_size,
-            Architecture::Decoder(config) => config.vocab_size,
-        }
+        self.config.vocab_size()
     }
 
     /// The most tokens that the model takes: of DeBERTa, whose positions are relative, any number.
     pub fn longest(&self) -> usize {
-        match &self.architecture {
-            Architecture::Deberta(_) => usize::MAX,
-            _ => self.max_length(),
-        }
+        self.config.longest()
     }
 
     /// The longest sequence that the model was trained on, in tokens.
     pub fn max_length(&self) -> usize {
-        match &self.architecture {
-            Architecture::Roberta(config) => config.max_length(),
-            Architecture::DistilBert(config) => config.max_position_embeddings,
-            Architecture::Deberta(config) => config.max_position_embeddings,
-            Architecture::ModernBert(config) => config.max_position_embeddings,
-            Architecture::Decoder(config) => config.max_length(),
-        }
+        self.config.max_length()
     }
 
     /// The prefix of the tensor names of the model's body, with its dot.
     pub fn prefix(&self) -> String {
-        match &self.architecture {
-            Architecture::Roberta(config) => format!("{}.", config.model_type.prefix()),
-            Architecture::DistilBert(_) => "distilbert.".to_string(),
-            Architecture::Deberta(_) => "deberta.".to_string(),
-            Architecture::Decoder(_) | Architecture::ModernBert(_) => "model.".to_string(),
-        }
+        format!("{}.", self.config.prefix())
     }
 
     /// Loads the model from `vb` and its task head from `head`.
@@ -266,23 +205,7 @@ impl SequenceConfig {
         head: VarBuilder,
         noise: Noise,
     ) -> Result<Box<dyn SequenceClassifier>> {
-        Ok(match &self.architecture {
-            Architecture::Roberta(config) => {
-                Box::new(RobertaForSequenceClassification::load(vb, head, config, noise)?)
-            }
-            Architecture::DistilBert(config) => {
-                Box::new(DistilBertForSequenceClassification::load(vb, head, config, noise)?)
-            }
-            Architecture::Deberta(config) => {
-                Box::new(DebertaForSequenceClassification::load(vb, head, config, noise)?)
-            }
-            Architecture::ModernBert(config) => {
-                Box::new(ModernBertForSequenceClassification::load(vb, head, config, noise)?)
-            }
-            Architecture::Decoder(config) => {
-                Box::new(DecoderForSequenceClassification::load(vb, head, config, noise)?)
-            }
-        })
+        self.config.load(vb.into(), head, noise)
     }
 
     /// The `config.json` that Hugging Face writes for this classifier in single precision: the source's own,
@@ -296,36 +219,11 @@ impl SequenceConfig {
     /// padding token (a tokenizer appends EOS and EOS is the padding), transformers reads the token before
     /// it. If a tokenizer pads with yet another token, `pad_token_id` must be set to that token.
     pub fn to_json(&self) -> Value {
-        let (class, pad) = match &self.architecture {
-            Architecture::Decoder(config) => {
-                let pad = config.pad_token_id.or_else(|| config.eos_token_ids.first().copied());
-                (config.class_name("ForSequenceClassification"), pad)
-            }
-            Architecture::Roberta(config) => {
-                let family = match self.json.get("model_type").and_then(Value::as_str) {
-                    Some("bert") => "Bert",
-                    Some("electra") => "Electra",
-                    Some("xlm-roberta") => "XLMRoberta",
-                    Some("camembert") => "Camembert",
-                    _ => "Roberta",
-                };
-                (format!("{family}ForSequenceClassification"), Some(config.pad_id()))
-            }
-            Architecture::DistilBert(config) => {
-                ("DistilBertForSequenceClassification".to_string(), Some(config.pad_id()))
-            }
-            Architecture::Deberta(config) => {
-                ("DebertaV2ForSequenceClassification".to_string(), Some(config.pad_id()))
-            }
-            Architecture::ModernBert(config) => {
-                ("ModernBertForSequenceClassification".to_string(), Some(config.pad_id()))
-            }
-        };
         let mut json = self.json.clone();
-        json["architectures"] = json!([class]);
+        json["architectures"] = json!([self.class]);
         json["id2label"] = self.labels.id2label();
         json["label2id"] = self.labels.label2id();
-        json["pad_token_id"] = json!(pad);
+        json["pad_token_id"] = json!(self.config.saved_pad_id());
         // Without it, transformers' pipelines interpret the scores of a regression as those of classes.
         let kind = if self.labels.len() == 1 { "regression" } else { "single_label_classification" };
         json["problem_type"] = json!(kind);

@@ -10,7 +10,7 @@ use super::taps::Taps;
 use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
 use crate::data::split::{self, Subset};
-use crate::data::task::Example;
+use crate::data::task::{Example, Label};
 use crate::error::Result;
 use crate::models::hub::ModelFiles;
 use crate::noise::Noise;
@@ -62,10 +62,15 @@ impl LinearisedClassifier {
     /// # Errors
     /// If the adapters are not of LoRA or MonteCLoRA or are merged, or as [`LinearisedPosterior::refitted`].
     pub fn refitted(classifier: Classifier, rows: &[Encoded]) -> Result<Self> {
-        let chosen = split::stratified(&split::strata(rows), REFIT_ROWS, Noise::new(0), Subset::Curvature);
-        let sample = batches(&classifier, &split::at(rows, &chosen), classifier.eval_batch_size())?;
+        // Rows without a label were not trained on.
+        let labelled: Vec<usize> =
+            (0..rows.len()).filter(|place| rows[*place].label != Label::Unknown).collect();
+        let strata = split::at(&split::strata(rows), &labelled);
+        let chosen = split::stratified(&strata, REFIT_ROWS, Noise::new(0), Subset::Curvature);
+        let sample = split::at(rows, &split::at(&labelled, &chosen));
+        let sample = batches(&classifier, &sample, classifier.eval_batch_size())?;
         Self::with(classifier, |classifier, taps| {
-            LinearisedPosterior::refitted(classifier, taps, &sample, Some(rows.len()))
+            LinearisedPosterior::refitted(classifier, taps, &sample, Some(labelled.len()))
         })
     }
 

@@ -12,7 +12,7 @@ use crate::models::encoder::{
     Embeddings, EmbeddingsShape, LayerNames, LayerShape, PostNormLayer, RelativePositions, Stack,
 };
 use crate::models::layers::{linear, project, Dropout};
-use crate::models::sequence_classifier::SequenceClassifier;
+use crate::models::sequence_classifier::{ClassifierConfig, SequenceClassifier};
 use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::{self, LayerNorm};
@@ -141,6 +141,32 @@ impl SequenceClassifier for DebertaForSequenceClassification {
 
     fn pad_id(&self) -> u32 {
         self.config.pad_id()
+    }
+}
+
+impl ClassifierConfig for DebertaConfig {
+    fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    fn max_length(&self) -> usize {
+        self.max_position_embeddings
+    }
+
+    fn longest(&self) -> usize {
+        usize::MAX // positions are relative
+    }
+
+    fn prefix(&self) -> &'static str {
+        "deberta"
+    }
+
+    fn saved_pad_id(&self) -> Option<u32> {
+        Some(self.pad_id())
+    }
+
+    fn load(&self, vb: Weights<'_>, head: VarBuilder, noise: Noise) -> Result<Box<dyn SequenceClassifier>> {
+        Ok(Box::new(DebertaForSequenceClassification::load(vb, head, self, noise)?))
     }
 }
 

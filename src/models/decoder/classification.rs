@@ -7,6 +7,7 @@ use super::config::DecoderConfig;
 use super::model::Decoder;
 use crate::adapter::{linears, AdaptableEmbedding, AdaptableModel, Context};
 use crate::error::Result;
+use crate::models::sequence_classifier::{ClassifierConfig, SequenceClassifier};
 use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops;
@@ -74,6 +75,56 @@ impl DecoderForSequenceClassification {
         let at = (Tensor::from_vec(starts, b, hidden.device())? + last)?;
         let chosen = hidden.flatten_to(1)?.index_select(&at, 0)?; // (b, d)
         ops::linear(&chosen.to_dtype(self.score.dtype())?, &self.score, None, cx.path)
+    }
+}
+
+impl SequenceClassifier for DecoderForSequenceClassification {
+    fn logits(
+        &self,
+        input_ids: &Tensor,
+        _token_type_ids: &Tensor,
+        attention_mask: &Tensor,
+        cx: &Context,
+    ) -> candle_core::Result<Tensor> {
+        self.forward(input_ids, attention_mask, cx)
+    }
+
+    fn set_checkpoint_layers(&mut self, on: bool) {
+        self.set_checkpoint_layers(on); // the inherent method
+    }
+
+    fn num_labels(&self) -> usize {
+        self.config().num_labels
+    }
+
+    fn pad_id(&self) -> u32 {
+        self.config().pad_id()
+    }
+}
+
+impl ClassifierConfig for DecoderConfig {
+    fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    fn max_length(&self) -> usize {
+        self.max_length()
+    }
+
+    fn output_tensors(&self) -> &'static [&'static str] {
+        &["score.weight"]
+    }
+
+    fn prefix(&self) -> &'static str {
+        "model"
+    }
+
+    fn saved_pad_id(&self) -> Option<u32> {
+        self.pad_token_id.or_else(|| self.eos_token_ids.first().copied())
+    }
+
+    fn load(&self, vb: Weights<'_>, head: VarBuilder, noise: Noise) -> Result<Box<dyn SequenceClassifier>> {
+        Ok(Box::new(DecoderForSequenceClassification::load(vb, head, self, noise)?))
     }
 }
 

@@ -10,7 +10,7 @@ use crate::models::encoder::{
     Embeddings, EmbeddingsShape, LayerNames, LayerShape, PositionIds, PostNormLayer, Stack,
 };
 use crate::models::layers::{linear, project, Dropout};
-use crate::models::sequence_classifier::SequenceClassifier;
+use crate::models::sequence_classifier::{ClassifierConfig, SequenceClassifier};
 use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::LayerNorm;
@@ -125,6 +125,28 @@ impl SequenceClassifier for DistilBertForSequenceClassification {
 
     fn pad_id(&self) -> u32 {
         self.config.pad_id()
+    }
+}
+
+impl ClassifierConfig for DistilBertConfig {
+    fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    fn max_length(&self) -> usize {
+        self.max_position_embeddings
+    }
+
+    fn prefix(&self) -> &'static str {
+        "distilbert"
+    }
+
+    fn saved_pad_id(&self) -> Option<u32> {
+        Some(self.pad_id())
+    }
+
+    fn load(&self, vb: Weights<'_>, head: VarBuilder, noise: Noise) -> Result<Box<dyn SequenceClassifier>> {
+        Ok(Box::new(DistilBertForSequenceClassification::load(vb, head, self, noise)?))
     }
 }
 

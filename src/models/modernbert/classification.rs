@@ -9,7 +9,7 @@ use crate::adapter::{linears, AdaptableEmbedding, AdaptableLinear, AdaptableMode
 use crate::error::Result;
 use crate::models::encoder::{Embeddings, EmbeddingsShape, PackedBatch, Stack};
 use crate::models::layers::{adaptable_linear_of, linear, project, Dropout};
-use crate::models::sequence_classifier::SequenceClassifier;
+use crate::models::sequence_classifier::{ClassifierConfig, SequenceClassifier};
 use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::{self, LayerNorm};
@@ -147,6 +147,28 @@ impl SequenceClassifier for ModernBertForSequenceClassification {
 
     fn pad_id(&self) -> u32 {
         self.config.pad_id()
+    }
+}
+
+impl ClassifierConfig for ModernBertConfig {
+    fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    fn max_length(&self) -> usize {
+        self.max_position_embeddings
+    }
+
+    fn prefix(&self) -> &'static str {
+        "model"
+    }
+
+    fn saved_pad_id(&self) -> Option<u32> {
+        Some(self.pad_id())
+    }
+
+    fn load(&self, vb: Weights<'_>, head: VarBuilder, noise: Noise) -> Result<Box<dyn SequenceClassifier>> {
+        Ok(Box::new(ModernBertForSequenceClassification::load(vb, head, self, noise)?))
     }
 }
 

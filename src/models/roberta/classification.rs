@@ -8,6 +8,7 @@ use super::encoder::RobertaEncoder;
 use crate::adapter::{linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context, Linears};
 use crate::error::Result;
 use crate::models::layers::{adaptable_linear, linear, project, Dropout};
+use crate::models::sequence_classifier::{ClassifierConfig, SequenceClassifier};
 use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops;
@@ -110,6 +111,61 @@ impl RobertaForSequenceClassification {
                 project(classifier, &dropout.forward(&pooled, cx)?, cx)
             }
         }
+    }
+}
+
+impl SequenceClassifier for RobertaForSequenceClassification {
+    fn logits(
+        &self,
+        input_ids: &Tensor,
+        token_type_ids: &Tensor,
+        attention_mask: &Tensor,
+        cx: &Context,
+    ) -> candle_core::Result<Tensor> {
+        // RoBERTa has only one token type, but its tokenizers number the two texts of a pair all the same.
+        let types = (self.config().type_vocab_size > 1).then_some(token_type_ids);
+        self.forward(input_ids, types, attention_mask, cx)
+    }
+
+    fn set_checkpoint_layers(&mut self, on: bool) {
+        self.set_checkpoint_layers(on); // the inherent method
+    }
+
+    fn num_labels(&self) -> usize {
+        self.config().num_labels()
+    }
+
+    fn pad_id(&self) -> u32 {
+        self.config().pad_id()
+    }
+}
+
+impl ClassifierConfig for RobertaConfig {
+    fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    fn max_length(&self) -> usize {
+        self.max_length()
+    }
+
+    fn output_tensors(&self) -> &'static [&'static str] {
+        match self.model_type {
+            Family::Roberta | Family::Electra => &["classifier.out_proj.weight", "classifier.out_proj.bias"],
+            Family::Bert => &["classifier.weight", "classifier.bias"],
+        }
+    }
+
+    fn prefix(&self) -> &'static str {
+        self.model_type.prefix()
+    }
+
+    fn saved_pad_id(&self) -> Option<u32> {
+        Some(self.pad_id())
+    }
+
+    fn load(&self, vb: Weights<'_>, head: VarBuilder, noise: Noise) -> Result<Box<dyn SequenceClassifier>> {
+        Ok(Box::new(RobertaForSequenceClassification::load(vb, head, self, noise)?))
     }
 }
 
