@@ -6,14 +6,16 @@
 pub mod activate;
 mod injection;
 pub mod merge;
+mod methods;
 pub(crate) mod patterns;
 pub(crate) mod posthoc;
 mod targets;
 
-pub(crate) use injection::with_share;
-pub use injection::{
-    inject, lora, lora_fa, lora_named, monteclora, monteclora_named, monteclora_released, Make, BUFFER_SHARE,
-    DEFAULT_ADAPTER,
+pub use injection::{inject, Make, DEFAULT_ADAPTER};
+pub(crate) use methods::with_share;
+pub use methods::{
+    adalora, blob, bottleneck, dora, ia3, lora, lora_fa, lora_named, monteclora, monteclora_named,
+    monteclora_released, BUFFER_SHARE,
 };
 pub use posthoc::posthoc;
 pub use targets::{paths, Select, TargetLayer, Targets};

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::activate;
-use super::injection::{inject, with_share};
+use super::injection::inject;
+use super::methods::with_share;
 use super::targets::TargetLayer;
 use crate::adapter::{low_rank, no_active, other_method, AdaptableModel, Params, Prior, PriorForm, Role};
 use crate::adapters::Lora;

@@ -6,25 +6,15 @@ use super::config::TrainConfig;
 use super::hooks::MethodHooks;
 use super::settings::{self, Settings};
 use crate::adapter::{AdaptableModel, Params, Role};
-use crate::adapters::{
-    prompt_tuning, AdaLora, AdaLoraConfig, Blob, BlobConfig, Bottleneck, BottleneckConfig, Dora, Ia3,
-    LoraConfig, PromptConfig, Scaled,
-};
+use crate::adapters::{prompt_tuning, AdaLoraConfig, BlobConfig, BottleneckConfig, LoraConfig, PromptConfig};
 use crate::error::{Error, Result};
-use crate::inject::{self, activate, Select, Targets};
+use crate::inject::{self, activate, Targets};
 use crate::models::Weights;
 use crate::monteclora::MonteCLoRAConfig;
 use crate::peft::{self, AdapterFile};
 
 /// The name of a LoRA adapter until a posterior is put on it.
 const TRAINED: &str = "trained";
-
-/// Whether a layer is the second one of a feed-forward block, by its name in BERT, LLaMA, DistilBERT and
-/// ModernBERT. Its input is the block's inner activation.
-fn closes_feed_forward(path: &str) -> bool {
-    [".down_proj", ".ffn.lin2", ".mlp.Wo"].iter().any(|name| path.ends_with(name))
-        || (path.ends_with(".output.dense") && !path.ends_with(".attention.output.dense"))
-}
 
 /// A fine-tuning method.
 // Checkpoints store the serialised form: Rust names may change, JSON names may not.
@@ -137,22 +127,6 @@ impl Method {
     /// Whether a trained model has the pairs B A that [`Taps`](crate::bayes::Taps) take.
     pub fn can_be_linearised(&self) -> bool {
         matches!(self, Self::MonteCLoRA(_) | Self::Lora(_))
-    }
-
-    /// Returns the layers to adapt by default, by their names in encoders and decoders; the model's own
-    /// choice if the method's paper names none. In Phi 3 and ModernBERT, which have one layer for queries,
-    /// keys and values, IA3 only scales the inner activations of feed-forward blocks.
-    fn default_select(&self) -> Select {
-        let regex = |pattern: &str| Select::Regex(pattern.to_string());
-        match self {
-            Self::Ia3 => regex(
-                r".*\.(?:key|value|(?:k|v|key|value)_proj|[kv]_lin|down_proj|ffn\.lin2|mlp\.Wo|(?<!attention\.)output\.dense)",
-            ),
-            Self::Bottleneck(_) => {
-                regex(r".*\.(?:output\.dense|o_proj|down_proj|attention\.out_lin|ffn\.lin2|attn\.Wo|mlp\.Wo)")
-            }
-            _ => Select::ModelDefault,
-        }
     }
 
     /// Returns notes on the method's predictions to show before training, one sentence each. `post_hoc`: the
@@ -303,63 +277,27 @@ impl MethodInit {
 
 impl Method {
     /// Adds the method's adapters to the given layers of a model.
-    fn inject(&self, model: &mut dyn AdaptableModel, given: &Targets, params: &Params) -> Result<()> {
-        let targets = match &given.select {
-            Select::ModelDefault => Targets { select: self.default_select(), ..given.clone() },
-            _ => given.clone(),
-        };
-        let patterns = !(targets.rank_pattern.is_empty() && targets.alpha_pattern.is_empty());
-        if patterns && matches!(self, Self::AdaLora(_) | Self::Ia3 | Self::Bottleneck(_)) {
-            let reason = format!("{} has no rank or alpha of single layers", self.name());
-            return Err(Error::config("rank_pattern", reason));
-        }
-        let name = inject::DEFAULT_ADAPTER;
-        // A rank and an alpha of single layers are those of a pair A, B; other methods ignore them.
-        let none = (1, 1.0);
-        let mut each = |(rank, alpha): (usize, f64), make: &mut inject::Make| {
-            let resolved = targets.resolve(model, rank, alpha)?;
-            inject::inject(model, name, &resolved, params, make)
-        };
+    fn inject(&self, model: &mut dyn AdaptableModel, targets: &Targets, params: &Params) -> Result<()> {
         match self {
             Self::Full => Ok(()),
             Self::Prompt(config) => {
-                if *given != Targets::default() {
+                if *targets != Targets::default() {
                     return Err(Error::config("targets", "prompt tuning changes no layer: name none"));
                 }
                 let embedding = model.embedding_mut().ok_or_else(|| {
                     Error::config("method", "this model has no place for the virtual tokens of prompt tuning")
                 })?;
-                prompt_tuning(embedding, name, config, params)
+                prompt_tuning(embedding, inject::DEFAULT_ADAPTER, config, params)
             }
-            Self::Lora(config) => inject::lora(model, &targets, config, params).map(drop),
-            Self::LoraFa(LoraConfig { prior: Some(_), .. }) => {
-                Err(Error::config("prior", "LoRA-FA does not support a prior"))
-            }
-            Self::LoraFa(config) => inject::lora_fa(model, &targets, config, params).map(drop),
-            Self::MonteCLoRA(config) => inject::monteclora(model, &targets, config, params).map(drop),
-            Self::Released(config) => inject::monteclora_released(model, &targets, config, params).map(drop),
-            Self::Dora(LoraConfig { prior: Some(_), .. }) => {
-                Err(Error::config("prior", "DoRA does not support a prior: the magnitude is not in B A"))
-            }
-            Self::Dora(config) => each((config.rank, config.alpha), &mut |layer, target, params| {
-                let config = LoraConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
-                Ok(Box::new(Dora::new(params, layer.path(), name, layer.base(), &config)?))
-            }),
-            Self::AdaLora(config) => each((config.init_rank, config.alpha), &mut |layer, _, params| {
-                Ok(Box::new(AdaLora::new(params, layer.path(), name, layer.dims()?, config)?))
-            }),
-            Self::Blob(config) => each((config.rank, config.alpha), &mut |layer, target, params| {
-                let config = BlobConfig { rank: target.rank, alpha: target.alpha, ..config.clone() };
-                Ok(Box::new(Blob::new(params, layer.path(), name, layer.dims()?, &config)?))
-            }),
-            Self::Bottleneck(config) => each(none, &mut |layer, _, params| {
-                Ok(Box::new(Bottleneck::new(params, layer.path(), name, layer.dims()?, config)?))
-            }),
-            Self::Ia3 => each(none, &mut |layer, _, params| {
-                let closes = closes_feed_forward(layer.path());
-                let scaled = if closes { Scaled::Input } else { Scaled::Output };
-                Ok(Box::new(Ia3::new(params, layer.path(), name, layer.dims()?, scaled)?))
-            }),
+            Self::Lora(config) => inject::lora(model, targets, config, params).map(drop),
+            Self::LoraFa(config) => inject::lora_fa(model, targets, config, params).map(drop),
+            Self::Dora(config) => inject::dora(model, targets, config, params).map(drop),
+            Self::AdaLora(config) => inject::adalora(model, targets, config, params).map(drop),
+            Self::Blob(config) => inject::blob(model, targets, config, params).map(drop),
+            Self::MonteCLoRA(config) => inject::monteclora(model, targets, config, params).map(drop),
+            Self::Released(config) => inject::monteclora_released(model, targets, config, params).map(drop),
+            Self::Bottleneck(config) => inject::bottleneck(model, targets, config, params).map(drop),
+            Self::Ia3 => inject::ia3(model, targets, params).map(drop),
         }
     }
 }
