@@ -43,7 +43,7 @@ use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::Quantization;
 use monteclora::peft::{self, AdapterFile, AdapterMetadata, ExportFormat, Task};
 use monteclora::train::distributed::Communicator;
-use monteclora::train::{self, held_out_loss_in_turns, CausalTuning, RunFolder, Summary};
+use monteclora::train::{self, held_out_loss_in_turns, CausalTuning, Method, RunFolder, Summary};
 use monteclora::util::files;
 use monteclora::{Noise, Params};
 use serde_json::{json, Value};
@@ -186,7 +186,7 @@ fn run(processes: &Processes) -> Outcome {
     given.without_effect(&["head_lr_ratio"], "the head of a language model is part of its base");
     args.task.tell_unread(&given);
     args.generation.tell_asked(&files)?;
-    if !args.method.has_posterior(&methods)? {
+    if !args.method.any(&methods, Method::has_posterior)? {
         given.without_effect(&["posterior_samples"], "the method has no posterior to draw from");
     }
     let setup = Setup { args, model, files, config, encoder, data };

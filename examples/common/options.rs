@@ -123,10 +123,10 @@ impl MethodOptions {
         })
     }
 
-    /// Whether one of the methods with these names has a posterior whose draws a prediction can average.
-    pub fn has_posterior(&self, names: &[String]) -> Outcome<bool> {
+    /// Whether one of the methods with these names is as asked.
+    pub fn any(&self, names: &[String], is: fn(&Method) -> bool) -> Outcome<bool> {
         for name in names {
-            if self.method(name)?.has_posterior() {
+            if is(&self.method(name)?) {
                 return Ok(true);
             }
         }
@@ -187,7 +187,7 @@ impl MethodOptions {
     }
 
     /// Creates the method with this name from the options that it reads.
-    pub fn method(&self, name: &str) -> Outcome<Method> {
+    fn method(&self, name: &str) -> Outcome<Method> {
         let (rank, alpha, dropout, use_rslora) = (self.rank, self.alpha, self.adapter_dropout, self.rslora);
         match name {
             "full" => Ok(Method::Full),

@@ -28,8 +28,9 @@ use common::output::{tell, tell_err};
 use common::processes::{self, Processes};
 use common::training::TrainOptions;
 use common::{interrupt, Outcome};
-use monteclora::data::task::Task;
+use monteclora::data::task::{Splits, Task};
 use monteclora::models::Quantization;
+use monteclora::train::Method;
 use monteclora::Noise;
 use predict::Request;
 use rows::{Goal, TableOptions};
@@ -160,42 +161,9 @@ fn run(processes: &Processes) -> Outcome {
         Some(model) => model,
         None => common::asset("tiny-roberta")?,
     };
-    let (goal, data) = match (&args.tables.train, &args.data, &args.model) {
-        (Some(train), ..) => {
-            let noise = Noise::new(args.train.seed);
-            let (goal, data, counts) = Goal::of_tables(&args.tables, train, args.train.limit_train, noise)?;
-            counts.iter().for_each(|line| tell_err!("{line}"));
-            (goal, data)
-        }
-        (None, data, model) => {
-            let data = match (data, model) {
-                (Some(dir), _) => task.load_folder(dir)?,
-                (None, None) if task == Task::Sst2 => task.load_folder(Path::new(&common::asset("sst2")?))?,
-                (None, _) => common::download::hub_splits(task)?,
-            };
-            (Goal::of_task(task, &args.tables)?, data)
-        }
-    };
+    let (goal, data) = load_data(&args, task)?;
     let methods = args.method.names()?;
-    args.method.tell_unread(&given, &methods);
-    args.train.tell_unread(&given, &methods, args.output.is_some());
-    if args.tables.train.is_none() {
-        let of_tables = ["dev_share", "text_column", "text_pair_column", "label_column", "problem_type"];
-        given.without_effect(&of_tables, "it only applies to your own table (--train)");
-    }
-    if args.tables.dev.is_some() {
-        given.without_effect(&["dev_share"], "--dev gives the rows to evaluate");
-    }
-    if !args.method.has_posterior(&methods)? {
-        given.without_effect(&["posterior_samples"], "the method has no posterior to draw from");
-    }
-    let mut linear = false;
-    for name in &methods {
-        linear |= args.method.method(name)?.can_be_linearised();
-    }
-    if !linear || goal.labels.len() < 2 {
-        given.without_effect(&["linearised"], "it only applies to lora, map and monteclora, of classes");
-    }
+    tell_unread(&args, &given, &methods, &goal)?;
     let mut table = Vec::new();
     for name in &methods {
         let output =
@@ -212,9 +180,45 @@ fn run(processes: &Processes) -> Outcome {
             writes: out.filter(|_| processes.is_first()),
             processes,
         };
-        table.push(run.finish(&data)?);
+        table.push(run.execute(&data)?);
     }
     print_table(&table, &goal.metric);
+    Ok(())
+}
+
+/// Loads the rows: the user's own, or those of a task.
+fn load_data(args: &Args, task: Task) -> Outcome<(Goal, Splits)> {
+    if let Some(train) = &args.tables.train {
+        let noise = Noise::new(args.train.seed);
+        let (goal, data, counts) = Goal::of_tables(&args.tables, train, args.train.limit_train, noise)?;
+        counts.iter().for_each(|line| tell_err!("{line}"));
+        return Ok((goal, data));
+    }
+    let data = match (&args.data, &args.model) {
+        (Some(dir), _) => task.load_folder(dir)?,
+        (None, None) if task == Task::Sst2 => task.load_folder(Path::new(&common::asset("sst2")?))?,
+        (None, _) => common::download::hub_splits(task)?,
+    };
+    Ok((Goal::of_task(task, &args.tables)?, data))
+}
+
+/// Warns about given options that a training of these methods does not read.
+fn tell_unread(args: &Args, given: &Given, methods: &[String], goal: &Goal) -> Outcome {
+    args.method.tell_unread(given, methods);
+    args.train.tell_unread(given, methods, args.output.is_some());
+    if args.tables.train.is_none() {
+        let of_tables = ["dev_share", "text_column", "text_pair_column", "label_column", "problem_type"];
+        given.without_effect(&of_tables, "it only applies to your own table (--train)");
+    }
+    if args.tables.dev.is_some() {
+        given.without_effect(&["dev_share"], "--dev gives the rows to evaluate");
+    }
+    if !args.method.any(methods, Method::has_posterior)? {
+        given.without_effect(&["posterior_samples"], "the method has no posterior to draw from");
+    }
+    if !args.method.any(methods, Method::can_be_linearised)? || goal.labels.len() < 2 {
+        given.without_effect(&["linearised"], "it only applies to lora, map and monteclora, of classes");
+    }
     Ok(())
 }
 

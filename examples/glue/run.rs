@@ -62,7 +62,7 @@ struct Split {
 
 impl Run<'_> {
     /// Loads, trains, saves and measures. Returns the contents of `metrics.json`.
-    pub fn finish(&self, data: &Splits) -> Outcome<Value> {
+    pub fn execute(&self, data: &Splits) -> Outcome<Value> {
         self.processes.check(0)?;
         // Held until everything is written, not only during training.
         let _lock = self.writes.map(files::lock).transpose()?;
@@ -180,10 +180,10 @@ impl Run<'_> {
             "kept_step": summary.kept_step, "seconds": summary.seconds,
             "step_seconds_median": summary.step_seconds_median, "skipped": summary.skipped,
         });
-        if goal.columns.is_some() {
+        if let Some(first) = measured.first().filter(|_| goal.columns.is_some()) {
             metrics["labels"] = json!(goal.labels.names());
             metrics["positive_class"] = json!(classifier.positive_class());
-            metrics["classes"] = serde_json::to_value(measured[0].class_scores()?)?;
+            metrics["classes"] = serde_json::to_value(first.class_scores()?)?;
         }
         let linearises = args.linearised && self.start.method().can_be_linearised() && goal.labels.len() > 1;
         if linearises && self.processes.is_first() {
