@@ -6,9 +6,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::metrics::Metrics;
 
-/// A method and a way to predict with it, written `lora (mean)` in plans and tables.
-pub(super) type Arm = (String, String);
-
 /// The task, method and hyperparameters of a cell.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CellKey {
@@ -70,17 +67,18 @@ pub struct CellResult {
     pub reason: Option<String>,
     /// The task's primary metric.
     pub metric: String,
-    /// The scores of every way to predict with the trained model (`mean`, `10 draws`, `temperature` ...).
+    /// The scores of every way to predict with the trained model, by treatment (`mean`, `10 draws`,
+    /// `temperature` ...).
     pub arms: BTreeMap<String, Metrics>,
     /// The training loss of the task by step, at most 200 points.
     pub losses: Vec<(usize, f64)>,
-    /// Reliability diagrams, by arm.
+    /// Reliability diagrams, by treatment.
     pub reliability: BTreeMap<String, Vec<Bin>>,
     /// The result on each task, if one training is measured on several; `arms` and `reliability` are then
     /// empty.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub tasks: BTreeMap<String, TaskResult>,
-    /// The AUROC of telling rows of another task from rows of this task, by arm and score.
+    /// The AUROC of telling rows of another task from rows of this task, by treatment and score.
     pub ood: BTreeMap<String, f64>,
     /// The number of trained scalars.
     pub trainable_parameters: usize,

@@ -86,11 +86,11 @@ impl TaskArms<'_> {
     ///
     /// # Errors
     /// If a forward pass fails, or a prediction is not finite.
-    pub fn add(&mut self, arm: &str, tasks: &[EvaluatedTask], weights: PosteriorWeights) -> Result<()> {
+    pub fn add(&mut self, treatment: &str, tasks: &[EvaluatedTask], weights: PosteriorWeights) -> Result<()> {
         for task in tasks {
             if let Benchmark::Choice(normalize) = &task.benchmark {
                 let scores = self.scores(&task.rows, *normalize, weights)?;
-                self.add_choices(arm, task, &scores.probabilities, &scores.correct)?;
+                self.add_choices(treatment, task, &scores.probabilities, &scores.correct)?;
                 continue;
             }
             let (stop, seed) = (self.stop.clone(), self.seed);
@@ -105,7 +105,7 @@ impl TaskArms<'_> {
                 // Store the NLL of the answers once, however many figures there are.
                 let nll = nll.filter(|_| place == 0);
                 let metrics = Metrics { accuracy: values.get(&figure).copied(), nll, ..Metrics::default() };
-                self.found.entry(name).or_default().arms.insert(arm.to_string(), metrics);
+                self.found.entry(name).or_default().arms.insert(treatment.to_string(), metrics);
             }
         }
         Ok(())
@@ -118,7 +118,7 @@ impl TaskArms<'_> {
     /// As [`Self::add`], and if a held-out row has no choices.
     pub fn add_temperature(
         &mut self,
-        arm: &str,
+        treatment: &str,
         tasks: &[EvaluatedTask],
         held_out: &[Prompted],
     ) -> Result<()> {
@@ -136,7 +136,7 @@ impl TaskArms<'_> {
             fitted = Some((*normalize, temperature));
             let scores = self.scores(&task.rows, *normalize, PosteriorWeights::Mean)?;
             let probabilities = temperature.probabilities(&logits(&scores, &task.rows));
-            self.add_choices(arm, task, &probabilities, &scores.correct)?;
+            self.add_choices(treatment, task, &probabilities, &scores.correct)?;
         }
         Ok(())
     }
@@ -162,19 +162,19 @@ impl TaskArms<'_> {
 
     fn add_choices(
         &mut self,
-        arm: &str,
+        treatment: &str,
         task: &EvaluatedTask,
         probabilities: &[Vec<f64>],
         correct: &[u32],
     ) -> Result<()> {
         let metrics = Metrics::classification(probabilities, correct).map_err(not_finite)?;
         let found = self.found.entry(task.name.clone()).or_default();
-        found.arms.insert(arm.to_string(), metrics);
-        found.reliability.insert(arm.to_string(), reliability(probabilities, correct));
+        found.arms.insert(treatment.to_string(), metrics);
+        found.reliability.insert(treatment.to_string(), reliability(probabilities, correct));
         let rows = self.rows.tasks.entry(task.name.clone()).or_default();
         rows.row = (0..correct.len() as u32).collect();
         rows.label = correct.to_vec();
-        rows.add(arm, probabilities);
+        rows.add(treatment, probabilities);
         Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! Robustness studies: grids of methods and hyperparameters that are run cell by cell, and their reports.
 
+mod arm;
 mod cell;
 mod checksums;
 mod evaluated;
@@ -22,6 +23,7 @@ mod treatment;
 mod treatments;
 mod trial;
 
+pub use arm::Arm;
 pub use cell::{Bin, CellCost, CellKey, CellResult, Status, TaskResult};
 pub use checksums::{checksums_of_data, checksums_of_recipes};
 pub use evaluated::EvaluatedTask;

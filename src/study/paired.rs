@@ -6,6 +6,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::arm::Arm;
 use super::cell::{CellKey, CellResult, Status};
 use super::rows::CellRows;
 use super::stats::{two_level, PairedTask, TwoLevel};
@@ -62,8 +63,8 @@ pub(super) struct RowScores {
 }
 
 impl RowScores {
-    fn new(rows: &CellRows, arm: &str) -> Option<Self> {
-        let (probabilities, classes) = rows.probabilities(arm)?;
+    fn new(rows: &CellRows, treatment: &str) -> Option<Self> {
+        let (probabilities, classes) = rows.probabilities(treatment)?;
         let mut scores = Self {
             nll: Vec::new(),
             brier: Vec::new(),
@@ -71,7 +72,7 @@ impl RowScores {
             confidence: Vec::new(),
             bin: Vec::new(),
         };
-        let logs = rows.arms.get(arm)?;
+        let logs = rows.arms.get(treatment)?;
         for ((p, log), label) in probabilities.chunks(classes).zip(logs.chunks(classes)).zip(&rows.label) {
             let label = *label as usize;
             let top = argmax(p);
@@ -131,14 +132,14 @@ impl PairedRows {
     pub fn new(
         cells: &[CellResult],
         rows: &BTreeMap<String, CellRows>,
-        [own, other]: [&(String, String); 2],
+        [own, other]: [&Arm; 2],
         wanted: impl Fn(&CellKey) -> bool,
     ) -> Result<Self> {
         let mut tasks: BTreeMap<String, BTreeMap<u64, Vec<Pair>>> = BTreeMap::new();
         let mut measured: BTreeMap<&str, &CellRows> = BTreeMap::new();
         let done = |cell: &&CellResult| cell.status == Status::Done && wanted(&cell.key);
-        for cell in cells.iter().filter(done).filter(|cell| cell.key.method == own.0) {
-            let partner = CellKey { method: other.0.clone(), ..cell.key.clone() };
+        for cell in cells.iter().filter(done).filter(|cell| cell.key.method == own.method) {
+            let partner = CellKey { method: other.method.clone(), ..cell.key.clone() };
             if !cells.iter().filter(done).any(|cell| cell.key == partner) {
                 continue;
             }
@@ -152,7 +153,7 @@ impl PairedRows {
                     return Err(Error::config("rows", reason));
                 }
             }
-            let pair = [RowScores::new(first, &own.1), RowScores::new(second, &other.1)];
+            let pair = [RowScores::new(first, &own.treatment), RowScores::new(second, &other.treatment)];
             if let [Some(first), Some(second)] = pair {
                 let seeds = tasks.entry(cell.key.task.clone()).or_default();
                 seeds.entry(cell.key.seed).or_default().push([first, second]);
@@ -214,7 +215,11 @@ fn mean_difference(pairs: &[Pair], score: impl Fn(&RowScores) -> f64) -> f64 {
     pairs.iter().map(|[own, other]| score(own) - score(other)).sum::<f64>() / pairs.len() as f64
 }
 
-/// The scores of an arm of one cell, if the cell kept its rows.
-pub(super) fn row_scores(rows: &BTreeMap<String, CellRows>, key: &CellKey, arm: &str) -> Option<RowScores> {
-    RowScores::new(rows.get(&key.folder_name())?, arm)
+/// The scores of one cell in one treatment, if the cell kept its rows.
+pub(super) fn row_scores(
+    rows: &BTreeMap<String, CellRows>,
+    key: &CellKey,
+    treatment: &str,
+) -> Option<RowScores> {
+    RowScores::new(rows.get(&key.folder_name())?, treatment)
 }

@@ -7,7 +7,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::cell::{Arm, CellKey};
+use super::arm::Arm;
+use super::cell::CellKey;
 use super::grid::Grid;
 use super::paired::RowScore;
 use super::per_task::PerTask;
@@ -97,9 +98,9 @@ pub struct Methods {
 #[serde(deny_unknown_fields)]
 pub struct Comparison {
     /// The arm that should be better, such as `lora (mean)`.
-    pub arm: String,
+    pub arm: Arm,
     /// The arm that it is compared with.
-    pub against: String,
+    pub against: Arm,
     /// The scores to test.
     pub scores: Vec<RowScore>,
 }
@@ -118,9 +119,9 @@ pub enum Criterion {
     /// The NLL of `arm` varies over learning rates at most `most` times as much as that of `against`.
     Sensitivity {
         /// The arm that should depend less on the learning rate.
-        arm: String,
+        arm: Arm,
         /// The arm that it is compared with.
-        against: String,
+        against: Arm,
         /// The largest allowed ratio.
         most: f64,
         /// The quantity that the ratio compares.
@@ -130,9 +131,9 @@ pub enum Criterion {
     /// 95 % interval, and undecided if only the estimate is.
     NotWorse {
         /// The arm.
-        arm: String,
+        arm: Arm,
         /// The arm that it is compared with.
-        against: String,
+        against: Arm,
         /// The score.
         score: RowScore,
         /// The learning rate; all if left out.
@@ -240,11 +241,11 @@ impl Plan {
             return wrong(format!("methods: {} comes twice at {}", key.method, key.lr));
         }
         let arms = self.arms()?;
-        let known = |text: &String| -> Result<()> {
-            if arms.contains(&arm(text)?) {
+        let known = |arm: &Arm| -> Result<()> {
+            if arms.contains(arm) {
                 return Ok(());
             }
-            let names: Vec<String> = arms.iter().map(|(method, arm)| format!("{method} ({arm})")).collect();
+            let (text, names) = (arm.to_string(), arms.iter().map(Arm::to_string).collect::<Vec<_>>());
             Err(Error::config("plan", format!("{text:?} is none of its arms: {}", names.join(", "))))
         };
         if let Some((name, _)) = self.families.iter().find(|(_, family)| family.is_empty()) {
@@ -280,7 +281,7 @@ impl Plan {
                     [arm, against].into_iter().try_for_each(known)?;
                     self.check_shared("success", arm, against)?;
                     // The test has groups * (rates - 1) - 1 degrees of freedom: one mean is lost per group.
-                    let rates = self.shared(arm, against)?.len();
+                    let rates = self.shared(arm, against).len();
                     let groups = cells.iter().map(|key| (&key.task, key.seed, key.batch_size));
                     let groups = groups.collect::<BTreeSet<_>>().len();
                     if rates < 2 || groups * (rates - 1) < 2 {
@@ -294,7 +295,7 @@ impl Plan {
                 Criterion::NotWorse { arm, against, lr, .. } => {
                     [arm, against].into_iter().try_for_each(known)?;
                     self.check_shared("success", arm, against)?;
-                    let shared = self.shared(arm, against)?;
+                    let shared = self.shared(arm, against);
                     if lr.is_some_and(|lr| !shared.contains(&lr)) {
                         return wrong(format!("success: {arm} and {against} do not both run at {lr:?}"));
                     }
@@ -305,8 +306,8 @@ impl Plan {
     }
 
     /// Checks that the methods of two arms share a learning rate; otherwise no two cells could be paired.
-    fn check_shared(&self, place: &str, own: &str, other: &str) -> Result<()> {
-        if !self.shared(own, other)?.is_empty() {
+    fn check_shared(&self, place: &str, own: &Arm, other: &Arm) -> Result<()> {
+        if !self.shared(own, other).is_empty() {
             return Ok(());
         }
         let reason = format!("{place}: {own} and {other} run at no learning rate in common");
@@ -314,15 +315,15 @@ impl Plan {
     }
 
     /// The learning rates at which the methods of two arms both run, each once.
-    fn shared(&self, own: &str, other: &str) -> Result<Vec<f64>> {
-        let (first, second) = (arm(own)?.0, arm(other)?.0);
+    fn shared(&self, own: &Arm, other: &Arm) -> Vec<f64> {
         let mut shared: Vec<f64> = Vec::new();
         for lr in self.methods.iter().flat_map(|group| &group.lrs) {
-            if !shared.contains(lr) && self.runs(&first, *lr) > 0 && self.runs(&second, *lr) > 0 {
+            let both = [own, other].iter().all(|arm| self.runs(&arm.method, *lr) > 0);
+            if both && !shared.contains(lr) {
                 shared.push(*lr);
             }
         }
-        Ok(shared)
+        shared
     }
 
     /// The tested arm: that of the first comparison of the first family named by a [`Criterion::Better`];
@@ -332,7 +333,7 @@ impl Plan {
             Criterion::Better { family, .. } => self.families.get(family),
             _ => None,
         })?;
-        arm(&family.first()?.arm).ok()
+        Some(family.first()?.arm.clone())
     }
 
     /// Every arm of the plan's methods.
@@ -340,21 +341,11 @@ impl Plan {
         let mut arms = BTreeSet::new();
         for method in self.methods.iter().flat_map(|group| &group.recipes) {
             let recipe: Recipe = method.parse()?;
-            arms.extend(treatments::arms(&recipe, self.draws).into_iter().map(|arm| (method.clone(), arm)));
+            let treatments = treatments::of_recipe(&recipe, self.draws).into_iter();
+            arms.extend(treatments.map(|treatment| Arm::new(method, treatment)));
         }
         Ok(arms)
     }
-}
-
-/// Parses an arm such as `lora:rank=4 (mean)`.
-///
-/// # Errors
-/// Unless the text is a method followed by a way to predict in brackets.
-pub(super) fn arm(text: &str) -> Result<Arm> {
-    let parts = text.strip_suffix(')').and_then(|text| text.split_once(" ("));
-    let (method, arm) = parts
-        .ok_or_else(|| Error::config("plan", format!("expected an arm as \"lora (mean)\", got {text:?}")))?;
-    Ok((method.to_string(), arm.to_string()))
 }
 
 #[cfg(test)]

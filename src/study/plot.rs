@@ -11,6 +11,7 @@ use std::path::Path;
 use draw::{Boxes, Ground, Panel, Panels};
 pub use run::write_run;
 
+use super::arm::Arm;
 use super::cell::{Bin, CellResult, Status};
 use super::store::StoredCell;
 use crate::error::{Error, Result};
@@ -87,8 +88,11 @@ pub fn write_plots(cells: &[StoredCell], out: &Path) -> Result<()> {
 /// The values of the cells by method and arm, sorted by name.
 fn groups(cells: &[&CellResult], value: &Score) -> Vec<(String, Vec<f64>)> {
     let mut groups: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-    for (cell, (arm, metrics)) in cells.iter().flat_map(|c| c.arms.iter().map(move |arm| (c, arm))) {
-        groups.entry(format!("{} ({arm})", cell.key.method)).or_default().extend(value(metrics));
+    for (cell, (treatment, metrics)) in
+        cells.iter().flat_map(|c| c.arms.iter().map(move |scored| (c, scored)))
+    {
+        let name = Arm::new(&cell.key.method, treatment).to_string();
+        groups.entry(name).or_default().extend(value(metrics));
     }
     let finite = |(name, values): (String, Vec<f64>)| {
         let finite: Vec<f64> = values.iter().copied().filter(|value| value.is_finite()).collect();
@@ -103,8 +107,10 @@ fn groups(cells: &[&CellResult], value: &Score) -> Vec<(String, Vec<f64>)> {
 /// The values of the cells against the learning rate by method and arm, sorted by name.
 fn rates(cells: &[&CellResult], value: &Score) -> Vec<Panel> {
     let mut arms: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
-    for (cell, (arm, metrics)) in cells.iter().flat_map(|c| c.arms.iter().map(move |arm| (c, arm))) {
-        let name = format!("{} ({arm})", cell.key.method);
+    for (cell, (treatment, metrics)) in
+        cells.iter().flat_map(|c| c.arms.iter().map(move |scored| (c, scored)))
+    {
+        let name = Arm::new(&cell.key.method, treatment).to_string();
         arms.entry(name).or_default().extend(value(metrics).map(|value| (cell.key.lr.log10(), value)));
     }
     let panel = |(name, values): (String, Vec<(f64, f64)>)| {
@@ -149,10 +155,10 @@ fn losses(cells: &[&CellResult]) -> Vec<Panel> {
 /// Accuracy over confidence by method and arm, with the bins of all cells combined.
 fn reliability(cells: &[&CellResult]) -> Vec<Panel> {
     let mut arms: BTreeMap<String, Vec<Bin>> = BTreeMap::new();
-    for (cell, (arm, bins)) in cells.iter().flat_map(|c| c.reliability.iter().map(move |arm| (c, arm))) {
-        let sums = arms
-            .entry(format!("{} ({arm})", cell.key.method))
-            .or_insert_with(|| vec![Bin::default(); bins.len()]);
+    let diagrams = cells.iter().flat_map(|c| c.reliability.iter().map(move |diagram| (c, diagram)));
+    for (cell, (treatment, bins)) in diagrams {
+        let name = Arm::new(&cell.key.method, treatment).to_string();
+        let sums = arms.entry(name).or_insert_with(|| vec![Bin::default(); bins.len()]);
         for (sum, bin) in sums.iter_mut().zip(bins) {
             sum.count += bin.count;
             sum.confidence += bin.confidence * bin.count as f64;

@@ -24,11 +24,10 @@ use super::cell::{CellCost, CellKey, CellResult, Status};
 use super::plan::Plan;
 use super::rows::CellRows;
 use super::store::{read_cells, read_rows, settings_path};
-use super::treatment::MEAN;
 use crate::error::{Error, Result};
 use crate::metrics::median;
 use crate::util::files;
-use arm::{baseline, name, number, tested, Arm};
+use arm::{baseline, number, tested, Arm};
 use figures::{rows, ArmFigures, FIGURES};
 
 /// Writes the report of the results in the folder `results` into the folder `out`. The same results give the
@@ -83,15 +82,8 @@ fn markdown(cells: &[CellResult], settings: &str, tested: Option<&Arm>) -> Strin
         text.push_str(&format!("|---|{}\n", "---|".repeat(FIGURES.len() + 3)));
         for ((_, arm), row) in of_task {
             let figures = row.figures().map(number).join(" | ");
-            writeln!(
-                text,
-                "| {} | {figures} | {} | {} | {} |",
-                name(arm),
-                row.done,
-                row.diverged,
-                row.failed
-            )
-            .ok();
+            let ArmFigures { done, diverged, failed, .. } = row;
+            writeln!(text, "| {arm} | {figures} | {done} | {diverged} | {failed} |").ok();
         }
     }
     if tasks.len() > 1 {
@@ -99,7 +91,6 @@ fn markdown(cells: &[CellResult], settings: &str, tested: Option<&Arm>) -> Strin
     }
     if let Some(tested) = tested {
         if let Some(baseline) = baseline(cells.iter().map(|cell| &cell.key)) {
-            let baseline = (baseline, MEAN.to_string());
             text.push_str(&claim::claim(cells, tested, &baseline));
             text.push_str(&calibration::calibration(cells, tested, &baseline));
         }
@@ -121,13 +112,12 @@ fn by_rows(
     if !rows.is_empty() {
         text.push_str(&scores::by_rows(cells, rows));
     }
-    if let (false, Some(method)) = (rows.is_empty(), &baseline) {
-        let baseline = (method.clone(), MEAN.to_string());
-        text.push_str(&sensitivity::sensitivity(cells, &baseline));
+    if let (false, Some(baseline)) = (rows.is_empty(), &baseline) {
+        text.push_str(&sensitivity::sensitivity(cells, baseline));
         if let Some(tested) = tested {
-            text.push_str(&sensitivity::seeds(cells, rows, tested, &baseline)?);
+            text.push_str(&sensitivity::seeds(cells, rows, tested, baseline)?);
             if plan.is_none() {
-                let families = families::without_a_plan(cells, tested, method);
+                let families = families::without_a_plan(cells, tested, baseline);
                 text.push_str(&families::section(cells, rows, &families)?);
             }
         }
@@ -149,7 +139,7 @@ fn overall(rows: &BTreeMap<(String, Arm), ArmFigures>, tasks: usize) -> String {
     for (arm, figures) in sums.into_iter().filter(|(_, figures)| figures.len() == tasks) {
         let mean = |i: usize| figures.iter().map(|figures| figures[i]).sum::<f64>() / tasks as f64;
         let means: Vec<String> = (0..FIGURES.len()).map(|i| number(mean(i))).collect();
-        writeln!(text, "| {} | {} |", name(arm), means.join(" | ")).ok();
+        writeln!(text, "| {arm} | {} |", means.join(" | ")).ok();
     }
     text
 }

@@ -13,17 +13,17 @@ use crate::util::files;
 const ROW: &str = "row";
 /// The tensor of the rows' labels.
 const LABEL: &str = "label";
-/// The prefix of an arm's tensor name.
-const ARM: &str = "log_probabilities/";
+/// The prefix of a treatment's tensor name.
+const TREATMENT: &str = "log_probabilities/";
 
-/// The n measured rows of a cell and the predictions of each arm.
+/// The n measured rows of a cell and the predictions in each treatment.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct CellRows {
     /// The index of each row in its development set.
     pub row: Vec<u32>,
     /// The class of each row.
     pub label: Vec<u32>,
-    /// By arm: the log-probabilities of the c classes, `(n, c)` row-major. -inf is probability 0.
+    /// By treatment: the log-probabilities of the c classes, `(n, c)` row-major. -inf is probability 0.
     pub arms: BTreeMap<String, Vec<f32>>,
     /// The rows of each task by name, if the cell was measured on several tasks; the other fields are then
     /// empty.
@@ -36,19 +36,19 @@ impl CellRows {
         self.arms.is_empty() && self.tasks.values().all(Self::is_empty)
     }
 
-    /// Keeps the predictions of an arm: n rows of c probabilities.
-    pub(super) fn add(&mut self, arm: &str, probabilities: &[Vec<f64>]) {
+    /// Keeps the predictions in a treatment: n rows of c probabilities.
+    pub(super) fn add(&mut self, treatment: &str, probabilities: &[Vec<f64>]) {
         let logs = probabilities.iter().flatten().map(|p| p.ln() as f32).collect();
-        self.arms.insert(arm.to_string(), logs);
+        self.arms.insert(treatment.to_string(), logs);
     }
 
-    /// The class probabilities that an arm predicts, row-major, and the number of classes.
-    pub fn probabilities(&self, arm: &str) -> Option<(Vec<f64>, usize)> {
-        let logs = self.arms.get(arm)?;
+    /// The class probabilities in a treatment, row-major, and the number of classes.
+    pub fn probabilities(&self, treatment: &str) -> Option<(Vec<f64>, usize)> {
+        let logs = self.arms.get(treatment)?;
         Some((logs.iter().map(|log| f64::from(*log).exp()).collect(), logs.len() / self.row.len().max(1)))
     }
 
-    /// Writes the file `path`: `row` and `label` as `(n)` of u32, and each arm as `(n, c)` of f32. With
+    /// Writes the file `path`: `row` and `label` as `(n)` of u32, and each treatment as `(n, c)` of f32. With
     /// several tasks, tensor names begin with the task's name and a slash.
     ///
     /// # Errors
@@ -76,9 +76,10 @@ impl CellRows {
         let words = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
         parts.push((format!("{prefix}{ROW}"), Dtype::U32, vec![self.row.len()], words(&self.row)));
         parts.push((format!("{prefix}{LABEL}"), Dtype::U32, vec![self.label.len()], words(&self.label)));
-        for (arm, logs) in &self.arms {
+        for (treatment, logs) in &self.arms {
             let bytes = logs.iter().flat_map(|log| log.to_le_bytes()).collect();
-            parts.push((format!("{prefix}{ARM}{arm}"), Dtype::F32, vec![n, logs.len() / n.max(1)], bytes));
+            let name = format!("{prefix}{TREATMENT}{treatment}");
+            parts.push((name, Dtype::F32, vec![n, logs.len() / n.max(1)], bytes));
         }
     }
 
@@ -96,7 +97,7 @@ impl CellRows {
             }
             Ok(view.data().chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
         };
-        let start = format!("{prefix}{ARM}");
+        let start = format!("{prefix}{TREATMENT}");
         let names: Vec<String> = file
             .names()
             .into_iter()
@@ -110,9 +111,10 @@ impl CellRows {
         if n == 0 || rows.label.len() != n {
             return Err(wrong(LABEL, "expected a label for each row, and at least one"));
         }
-        for arm in names {
-            let name = format!("{ARM}{arm}");
-            let view = file.tensor(&format!("{start}{arm}")).map_err(|_| wrong(&name, "it is missing"))?;
+        for treatment in names {
+            let name = format!("{TREATMENT}{treatment}");
+            let view =
+                file.tensor(&format!("{start}{treatment}")).map_err(|_| wrong(&name, "it is missing"))?;
             let classes = match *view.shape() {
                 [rows, classes] if rows == n && classes > 1 && view.dtype() == Dtype::F32 => classes,
                 _ => {
@@ -129,7 +131,7 @@ impl CellRows {
             if rows.label.iter().any(|label| *label as usize >= classes) {
                 return Err(wrong(LABEL, &format!("it holds a label that is none of {classes} classes")));
             }
-            rows.arms.insert(arm, logs);
+            rows.arms.insert(treatment, logs);
         }
         Ok(Some(rows))
     }

@@ -8,10 +8,10 @@ use crate::error::Result;
 use crate::predict::{logits, Predictor};
 use crate::train::Classifier;
 
-/// The name of an arm, and its probabilities, one row per example.
+/// A treatment, and its probabilities, one row per example.
 type NamedProbabilities = (&'static str, Vec<Vec<f64>>);
 
-/// The probabilities of `dev` by arm. `tfb` uses the largest noise that hardly changes the loss on the
+/// The probabilities of `dev` by treatment. `tfb` uses the largest noise that hardly changes the loss on the
 /// model's own predictions for the held-out rows (the authors' choice), `tfb held-out` the noise with the
 /// lowest loss on their labels.
 pub(super) fn arms(

@@ -58,15 +58,15 @@ impl TrainedModel<'_> {
     }
 }
 
-/// The arms that [`measure`] fills in for a classification task, which a plan may name.
-pub(super) fn arms(recipe: &Recipe, draws: usize) -> Vec<String> {
-    let mut arms = vec![treatment::MEAN.to_string()];
+/// The treatments of a recipe that [`measure`] fills in for a classification task, which a plan may name.
+pub(super) fn of_recipe(recipe: &Recipe, draws: usize) -> Vec<String> {
+    let mut found = vec![treatment::MEAN.to_string()];
     if recipe.has_posterior() {
-        arms.push(treatment::draws(draws));
+        found.push(treatment::draws(draws));
     }
     if recipe.held_out > 0.0 {
-        arms.push(treatment::TEMPERATURE.to_string());
-        arms.extend(recipe.has_posterior().then(|| treatment::tempered_draws(draws)));
+        found.push(treatment::TEMPERATURE.to_string());
+        found.extend(recipe.has_posterior().then(|| treatment::tempered_draws(draws)));
     }
     let others: &[&str] = match (recipe.is_lora(), recipe.held_out > 0.0) {
         (false, false) if recipe.is_monteclora() => {
@@ -81,8 +81,8 @@ pub(super) fn arms(recipe: &Recipe, draws: usize) -> Vec<String> {
             treatment::LAPLACE,
         ],
     };
-    arms.extend(others.iter().map(ToString::to_string));
-    arms
+    found.extend(others.iter().map(ToString::to_string));
+    found
 }
 
 /// Fills in the arms of a result and their predictions of every row.
@@ -160,7 +160,7 @@ fn of_trained_lora(
     if !held_out.is_empty() {
         return tfb::arms(classifier, (held_out, labels), dev, trained.draws)?
             .iter()
-            .try_for_each(|(arm, rows)| arms.add(arm, rows));
+            .try_for_each(|(treatment, rows)| arms.add(treatment, rows));
     }
     let dropped = |rows: &[Batch]| posterior_draws(&McDropout(classifier), rows, trained.draws);
     arms.add_draws(treatment::MC_DROPOUT, dropped(dev)?, dropped(foreign)?)?;
@@ -199,11 +199,11 @@ fn of_trained_posterior(
     let classifier = &trained.classifier;
     let own = LinearisedPosterior::trained(classifier.model.as_ref(), taps.clone())?;
     let refitted = LinearisedPosterior::refitted(classifier, taps.clone(), &train, Some(of_rows))?;
-    for (arm, posterior) in [(treatment::LINEARISED, own), (treatment::REFITTED, refitted)] {
+    for (name, posterior) in [(treatment::LINEARISED, own), (treatment::REFITTED, refitted)] {
         let draws = |rows: &[Batch]| -> Result<Vec<Vec<Vec<f64>>>> {
             posterior.predict(classifier, rows)?.draws(LAPLACE_SAMPLES, trained.noise)
         };
-        arms.add_draws(arm, draws(dev)?, draws(foreign)?)?;
+        arms.add_draws(name, draws(dev)?, draws(foreign)?)?;
     }
     let scope = Scope::Adapters(taps.clone());
     let predicted = laplace(classifier, scope, (&train, of_rows), dev, trained.noise)?;
@@ -238,31 +238,31 @@ struct ClassifierArms<'a> {
 }
 
 impl ClassifierArms<'_> {
-    fn add(&mut self, arm: &str, probabilities: &[Vec<f64>]) -> Result<()> {
+    fn add(&mut self, treatment: &str, probabilities: &[Vec<f64>]) -> Result<()> {
         let metrics = Metrics::classification(probabilities, self.labels).map_err(not_finite)?;
-        self.result.arms.insert(arm.to_string(), metrics);
-        self.result.reliability.insert(arm.to_string(), reliability(probabilities, self.labels));
-        self.rows.add(arm, probabilities);
+        self.result.arms.insert(treatment.to_string(), metrics);
+        self.result.reliability.insert(treatment.to_string(), reliability(probabilities, self.labels));
+        self.rows.add(treatment, probabilities);
         Ok(())
     }
 
     /// Adds the `measured` logits at the temperature that is fitted on the logits `fitted` of other rows.
     fn add_tempered(
         &mut self,
-        arm: &str,
+        treatment: &str,
         fitted: &[Vec<f64>],
         labels: &[u32],
         measured: &[Vec<f64>],
     ) -> Result<()> {
         let temperature = Temperature::fit(fitted, labels).map_err(not_finite)?;
-        self.add(arm, &temperature.probabilities(measured))
+        self.add(treatment, &temperature.probabilities(measured))
     }
 
-    /// Adds the average of draws as an arm, and how well their uncertainty recognises foreign rows, of which
+    /// Adds the average of draws, and how well their uncertainty recognises foreign rows, of which
     /// there are as many draws. Returns the average.
     fn add_draws(
         &mut self,
-        arm: &str,
+        treatment: &str,
         draws: Vec<Vec<Vec<f64>>>,
         foreign: Vec<Vec<Vec<f64>>>,
     ) -> Result<Vec<Vec<f64>>> {
@@ -271,13 +271,13 @@ impl ClassifierArms<'_> {
             [&own, &others].map(|rows| rows.iter().map(of).collect::<Vec<f64>>())
         };
         let [total, total_of_others] = both(|row| row.total);
-        self.tell(&format!("{arm}: entropy"), &total, &total_of_others)?;
+        self.tell(&format!("{treatment}: entropy"), &total, &total_of_others)?;
         let [epistemic, epistemic_of_others] = both(|row| row.epistemic);
-        self.tell(&format!("{arm}: mutual information"), &epistemic, &epistemic_of_others)?;
+        self.tell(&format!("{treatment}: mutual information"), &epistemic, &epistemic_of_others)?;
         let mut average = RunningMean::default();
         draws.into_iter().for_each(|rows| average.add(rows.into_iter()));
         let average = average.finish();
-        self.add(arm, &average)?;
+        self.add(treatment, &average)?;
         Ok(average)
     }
 

@@ -57,9 +57,9 @@ fn every_recipe_is_trained_and_measured_and_repeats_itself() -> Outcome {
             assert!(!result.arms.contains_key("temperature"), "{name}: nothing was held out");
             let of_lora = ["mc dropout", "checkpoints", "last-layer laplace"];
             let plain = ["lora", "map", "rslora", "loraplus"].contains(&name);
-            assert!(of_lora.iter().all(|arm| result.arms.contains_key(*arm) == plain), "{name}");
+            assert!(of_lora.iter().all(|own| result.arms.contains_key(*own) == plain), "{name}");
             let of_posterior = ["linearised", "refitted"];
-            assert!(of_posterior.iter().all(|arm| result.arms.contains_key(*arm) == bayesian), "{name}");
+            assert!(of_posterior.iter().all(|own| result.arms.contains_key(*own) == bayesian), "{name}");
             assert_eq!(result.arms.contains_key("laplace"), plain || bayesian, "{name}");
             let told = match name {
                 _ if plain => 5,
@@ -78,11 +78,14 @@ fn every_recipe_is_trained_and_measured_and_repeats_itself() -> Outcome {
             // The scores can be computed again from the rows that are kept.
             assert_eq!(kept.row, (80..120).collect::<Vec<u32>>(), "{name}");
             assert!(kept.arms.keys().eq(result.arms.keys()), "{name}");
-            for (arm, metrics) in &result.arms {
-                let (probabilities, classes) = kept.probabilities(arm).ok_or("no rows")?;
+            for (treatment, metrics) in &result.arms {
+                let (probabilities, classes) = kept.probabilities(treatment).ok_or("no rows")?;
                 let rows: Vec<Vec<f64>> = probabilities.chunks(classes).map(<[f64]>::to_vec).collect();
                 let again = metrics::nll(&rows, &kept.label)?;
-                assert!(metrics.nll.is_some_and(|nll| (nll / again - 1.0).abs() < 1e-6), "{name} {arm}");
+                assert!(
+                    metrics.nll.is_some_and(|nll| (nll / again - 1.0).abs() < 1e-6),
+                    "{name} {treatment}"
+                );
             }
         }
         Ok(())

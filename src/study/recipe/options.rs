@@ -1,11 +1,12 @@
 //! The options of a recipe: the setting that each `key=value` changes, and the methods it belongs to.
 
+use std::fmt::Display;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use crate::adapter::{Prior, PriorForm};
 use crate::adapters::{BlobConfig, LoraConfig, PromptConfig};
 use crate::dist::{Covariance, Estimator};
-use crate::error::Error;
 use crate::inject::Targets;
 use crate::monteclora::{EvidenceBound, Initial, MonteCLoRAConfig};
 use crate::optim::IvonConfig;
@@ -23,43 +24,57 @@ pub(super) enum Owner {
     Ivon,
 }
 
-/// All options with their owners.
-const OPTIONS: [(&str, Owner); 35] = [
-    ("rank", Owner::Pair),
-    ("alpha", Owner::Pair),
-    ("targets", Owner::Pair),
-    ("ratio", Owner::Pair),
-    ("dropout", Owner::Any),
-    ("head-ratio", Owner::Any),
-    ("variational-ratio", Owner::Any),
-    ("tokens", Owner::Any),
-    ("held-out", Owner::Any),
-    ("adapter", Owner::Any),
-    ("n", Owner::Posterior),
-    ("eps", Owner::Posterior),
-    ("kappa", Owner::Posterior),
-    ("eta", Owner::Posterior),
-    ("cooperative", Owner::Posterior),
-    ("prior", Owner::Posterior),
-    ("init", Owner::Posterior),
-    ("std", Owner::Posterior),
-    ("covariance", Owner::Posterior),
-    ("estimator", Owner::Posterior),
-    ("scaler", Owner::Posterior),
-    ("evidence", Owner::Posterior),
-    ("form", Owner::Prior),
-    ("width", Owner::Prior),
-    ("tau", Owner::Prior),
-    ("head", Owner::Prior),
-    ("shared", Owner::Prior),
-    ("prior-std", Owner::Blob),
-    ("root", Owner::Blob),
-    ("kl-lr", Owner::Blob),
-    ("gamma", Owner::Blob),
-    ("ess", Owner::Ivon),
-    ("h0", Owner::Ivon),
-    ("delta", Owner::Ivon),
-    ("radius", Owner::Ivon),
+/// Nothing, or what is wrong with a value or an option.
+pub(super) type Set = std::result::Result<(), String>;
+
+/// An option: its key, its owner, and how a text sets it.
+struct Spec {
+    key: &'static str,
+    owner: Owner,
+    set: fn(&mut Options, &str) -> Set,
+}
+
+const fn spec(key: &'static str, owner: Owner, set: fn(&mut Options, &str) -> Set) -> Spec {
+    Spec { key, owner, set }
+}
+
+/// All options, in the order in which an error lists them.
+const SPECS: [Spec; 35] = [
+    spec("rank", Owner::Pair, |o, v| both(&mut o.lora.rank, &mut o.bayes.rank, v)),
+    spec("alpha", Owner::Pair, |o, v| both(&mut o.lora.alpha, &mut o.bayes.alpha, v)),
+    spec("targets", Owner::Pair, |o, v| store(&mut o.targets, v)),
+    spec("ratio", Owner::Pair, |o, v| fill(&mut o.ratio, v)),
+    spec("dropout", Owner::Any, |o, v| both(&mut o.lora.dropout, &mut o.bayes.dropout, v)),
+    spec("head-ratio", Owner::Any, |o, v| fill(&mut o.head_ratio, v)),
+    spec("variational-ratio", Owner::Any, |o, v| fill(&mut o.variational_ratio, v)),
+    spec("tokens", Owner::Any, |o, v| store(&mut o.prompt.virtual_tokens, v)),
+    spec("held-out", Owner::Any, Options::set_held_out),
+    spec("adapter", Owner::Any, Options::set_adapter),
+    spec("n", Owner::Posterior, |o, v| store(&mut o.bayes.num_components, v)),
+    spec("eps", Owner::Posterior, Options::set_eps),
+    spec("kappa", Owner::Posterior, |o, v| fill(&mut o.bayes.relative_scaler, v)),
+    spec("eta", Owner::Posterior, |o, v| store(&mut o.bayes.kl_weight, v)),
+    spec("cooperative", Owner::Posterior, |o, v| store(&mut o.bayes.cooperative_weight, v)),
+    spec("prior", Owner::Posterior, |o, v| store(&mut o.bayes.dirichlet_prior, v)),
+    spec("init", Owner::Posterior, |o, v| change(&mut o.bayes.initial_concentration, initial(v))),
+    spec("std", Owner::Posterior, |o, v| change(&mut o.bayes.initial_std, number(v).map(Initial::Constant))),
+    spec("covariance", Owner::Posterior, |o, v| change(&mut o.bayes.covariance, covariance(v))),
+    spec("estimator", Owner::Posterior, |o, v| change(&mut o.bayes.estimator, estimator(v))),
+    spec("scaler", Owner::Posterior, |o, v| store(&mut o.bayes.scaler_schedule, v)),
+    spec("evidence", Owner::Posterior, |o, v| fill(&mut o.evidence, v)),
+    spec("form", Owner::Prior, Options::set_form),
+    spec("width", Owner::Prior, Options::set_width),
+    spec("tau", Owner::Prior, |o, v| store(&mut o.prior.temperature, v)),
+    spec("head", Owner::Prior, |o, v| change(&mut o.prior.head_std, std_or_none(v))),
+    spec("shared", Owner::Prior, |o, v| change(&mut o.prior.shared, flag(v))),
+    spec("prior-std", Owner::Blob, |o, v| store(&mut o.blob.prior_std, v)),
+    spec("root", Owner::Blob, |o, v| store(&mut o.blob.initial_root, v)),
+    spec("kl-lr", Owner::Blob, |o, v| store(&mut o.blob.kl_lr, v)),
+    spec("gamma", Owner::Blob, |o, v| store(&mut o.blob.gamma, v)),
+    spec("ess", Owner::Ivon, |o, v| store(&mut o.ivon.ess, v)),
+    spec("h0", Owner::Ivon, |o, v| store(&mut o.ivon.initial_hessian, v)),
+    spec("delta", Owner::Ivon, |o, v| store(&mut o.ivon.weight_decay, v)),
+    spec("radius", Owner::Ivon, |o, v| store(&mut o.ivon.clip_radius, v)),
 ];
 
 /// The settings that options change.
@@ -121,92 +136,121 @@ impl Options {
         self.evidence.map(|std| EvidenceBound { std, temperature: self.prior.temperature, latents: false })
     }
 
-    pub fn set(&mut self, key: &str, value: &str) -> std::result::Result<(), String> {
-        let number = || value.parse::<f64>().map_err(|e| e.to_string());
-        let count = || value.parse::<usize>().map_err(|e| e.to_string());
-        let Some(option) = OPTIONS.iter().find(|(known, _)| *known == key) else {
-            let known: Vec<&str> = OPTIONS.iter().map(|(key, _)| *key).collect();
+    /// Sets the option of this key.
+    ///
+    /// # Errors
+    /// If there is no such option, or the value does not fit it.
+    pub fn set(&mut self, key: &str, value: &str) -> Set {
+        let Some(spec) = SPECS.iter().find(|spec| spec.key == key) else {
+            let known: Vec<&str> = SPECS.iter().map(|spec| spec.key).collect();
             return Err(format!("there is no such option: {}", known.join(", ")));
         };
-        self.given.push(*option);
-        let bayes = &mut self.bayes;
-        match key {
-            "rank" => (self.lora.rank, bayes.rank) = (count()?, count()?),
-            "alpha" => (self.lora.alpha, bayes.alpha) = (number()?, number()?),
-            "dropout" => (self.lora.dropout, bayes.dropout) = (number()?, number()?),
-            "tokens" => self.prompt.virtual_tokens = count()?,
-            "ratio" => self.ratio = Some(number()?),
-            "head-ratio" => self.head_ratio = Some(number()?),
-            "variational-ratio" => self.variational_ratio = Some(number()?),
-            "form" => {
-                let form = prior_form(value)?;
-                self.prior.form = self.width.map_or(form, |std| form.with_std(std));
-            }
-            "width" => {
-                let std = number()?;
-                (self.width, self.prior.form) = (Some(std), self.prior.form.with_std(std));
-            }
-            "tau" => self.prior.temperature = number()?,
-            "shared" => {
-                self.prior.shared = value.parse().map_err(|_| "expected true or false".to_string())?
-            }
-            "evidence" => self.evidence = Some(number()?),
-            "head" if value == "none" => self.prior.head_std = None,
-            "head" => self.prior.head_std = Some(number()?),
-            "targets" => self.targets = Targets::parse(value).map_err(|e| e.to_string())?,
-            "adapter" if value.is_empty() => return Err("expected a folder".to_string()),
-            "adapter" => self.adapter = Some(value.into()),
-            "prior-std" => self.blob.prior_std = number()?,
-            "root" => self.blob.initial_root = number()?,
-            "kl-lr" => self.blob.kl_lr = number()?,
-            "gamma" => self.blob.gamma = number()?,
-            "ess" => self.ivon.ess = number()?,
-            "h0" => self.ivon.initial_hessian = number()?,
-            "delta" => self.ivon.weight_decay = number()?,
-            "radius" => self.ivon.clip_radius = number()?,
-            "held-out" => {
-                self.held_out = number()?;
-                if !(self.held_out > 0.0 && self.held_out < 1.0) {
-                    return Err("expected a share between 0 and 1".to_string());
-                }
-            }
-            "n" => bayes.num_components = count()?,
-            "eps" => (bayes.sample_scaler, bayes.relative_scaler) = (number()?, None),
-            "kappa" => bayes.relative_scaler = Some(number()?),
-            "eta" => bayes.kl_weight = number()?,
-            "cooperative" => bayes.cooperative_weight = number()?,
-            "prior" => bayes.dirichlet_prior = number()?,
-            "scaler" => bayes.scaler_schedule = value.parse().map_err(|e: Error| e.to_string())?,
-            "std" => bayes.initial_std = Initial::Constant(number()?),
-            "init" => {
-                bayes.initial_concentration = match value {
-                    "random" => Initial::Uniform(0.0, 1.0),
-                    _ => Initial::Constant(number()?),
-                }
-            }
-            "covariance" => {
-                bayes.covariance = match value {
-                    "full" => Covariance::Full,
-                    "diagonal" => Covariance::Diagonal,
-                    _ => return Err("expected full or diagonal".to_string()),
-                }
-            }
-            "estimator" => {
-                bayes.estimator = match value {
-                    "exact" => Estimator::Exact,
-                    "exponential" => Estimator::Exponential,
-                    "logistic-normal" => Estimator::LogisticNormal,
-                    _ => return Err("expected exact, exponential or logistic-normal".to_string()),
-                }
-            }
-            other => return Err(format!("`{other}` is listed, but sets nothing")),
+        self.given.push((spec.key, spec.owner));
+        (spec.set)(self, value)
+    }
+
+    fn set_held_out(&mut self, value: &str) -> Set {
+        store(&mut self.held_out, value)?;
+        if !(self.held_out > 0.0 && self.held_out < 1.0) {
+            return Err("expected a share between 0 and 1".to_string());
         }
+        Ok(())
+    }
+
+    fn set_adapter(&mut self, value: &str) -> Set {
+        if value.is_empty() {
+            return Err("expected a folder".to_string());
+        }
+        fill(&mut self.adapter, value)
+    }
+
+    /// An absolute scale replaces the relative one of a preset.
+    fn set_eps(&mut self, value: &str) -> Set {
+        store(&mut self.bayes.sample_scaler, value)?;
+        self.bayes.relative_scaler = None;
+        Ok(())
+    }
+
+    fn set_form(&mut self, value: &str) -> Set {
+        let form = prior_form(value)?;
+        self.prior.form = self.width.map_or(form, |std| form.with_std(std));
+        Ok(())
+    }
+
+    fn set_width(&mut self, value: &str) -> Set {
+        let std = number(value)?;
+        (self.width, self.prior.form) = (Some(std), self.prior.form.with_std(std));
         Ok(())
     }
 }
 
+/// A value, or what is wrong with its text.
+type Parsed<T> = std::result::Result<T, String>;
+
+fn parsed<T: FromStr<Err: Display>>(text: &str) -> Parsed<T> {
+    text.parse().map_err(|e: T::Err| e.to_string())
+}
+
+fn number(text: &str) -> Parsed<f64> {
+    parsed(text)
+}
+
+fn change<T>(place: &mut T, value: Parsed<T>) -> Set {
+    *place = value?;
+    Ok(())
+}
+
+fn store<T: FromStr<Err: Display>>(place: &mut T, text: &str) -> Set {
+    change(place, parsed(text))
+}
+
+fn fill<T: FromStr<Err: Display>>(place: &mut Option<T>, text: &str) -> Set {
+    change(place, parsed(text).map(Some))
+}
+
+/// Stores a setting that the method has with and without a posterior.
+fn both<T: FromStr<Err: Display>>(lora: &mut T, bayes: &mut T, text: &str) -> Set {
+    store(lora, text)?;
+    store(bayes, text)
+}
+
+fn flag(text: &str) -> Parsed<bool> {
+    text.parse().map_err(|_| "expected true or false".to_string())
+}
+
+fn std_or_none(text: &str) -> Parsed<Option<f64>> {
+    match text {
+        "none" => Ok(None),
+        _ => number(text).map(Some),
+    }
+}
+
+fn initial(text: &str) -> Parsed<Initial> {
+    match text {
+        "random" => Ok(Initial::Uniform(0.0, 1.0)),
+        _ => number(text).map(Initial::Constant),
+    }
+}
+
+fn covariance(name: &str) -> Parsed<Covariance> {
+    match name {
+        "full" => Ok(Covariance::Full),
+        "diagonal" => Ok(Covariance::Diagonal),
+        _ => Err("expected full or diagonal".to_string()),
+    }
+}
+
+fn estimator(name: &str) -> Parsed<Estimator> {
+    match name {
+        "exact" => Ok(Estimator::Exact),
+        "exponential" => Ok(Estimator::Exponential),
+        "logistic-normal" => Ok(Estimator::LogisticNormal),
+        _ => Err("expected exact, exponential or logistic-normal".to_string()),
+    }
+}
+
 /// The form of a prior by name, with a default width that suits it.
-fn prior_form(name: &str) -> std::result::Result<PriorForm, String> {
+fn prior_form(name: &str) -> Parsed<PriorForm> {
     match name {
         "mean" => Ok(PriorForm::Mean { std: 0.1 }),
         "start" => Ok(PriorForm::Start { std: 0.1 }),

@@ -1,10 +1,10 @@
-//! The arms of a study: which ones are compared, and their names in tables.
+//! Which arms of a study are compared.
 
 use std::collections::BTreeSet;
 
-pub(super) use super::super::cell::Arm;
+pub(super) use super::super::arm::Arm;
 use super::super::cell::{CellKey, CellResult};
-use super::super::treatment::MEAN;
+use super::super::treatment;
 
 /// The method whose mean prediction is tested against the others: the one of this name; otherwise the first
 /// of this name with options; otherwise the first whose name begins with it.
@@ -13,42 +13,55 @@ const TESTED: &str = "monteclora";
 /// the first of this name with options.
 pub(super) const BASELINE: &str = "lora";
 
-/// The arms of each task. Every method has at least [`MEAN`], also without a finished cell.
+/// The arms of each task. Every method has at least its mean, also without a finished cell.
 pub(super) fn arms(cells: &[CellResult]) -> BTreeSet<(String, Arm)> {
     let of_cell = |cell: &CellResult| {
         let CellKey { task, method, .. } = cell.key.clone();
-        let arms = cell.arms.keys().cloned().chain([MEAN.to_string()]);
-        arms.map(|arm| (task.clone(), (method.clone(), arm))).collect::<Vec<_>>()
+        let own = cell.arms.keys().map(|treatment| Arm::new(&method, treatment));
+        own.chain([Arm::mean_of(&method)]).map(|arm| (task.clone(), arm)).collect::<Vec<_>>()
     };
     cells.iter().flat_map(of_cell).collect()
 }
 
-/// The arm that is tested against the others, if the study has one.
-pub(super) fn tested(cells: &[CellResult]) -> Option<Arm> {
-    let mut methods: Vec<&String> = cells.iter().map(|cell| &cell.key.method).collect();
-    methods.sort();
-    // The method without options sorts first.
-    let own = methods.iter().find(|method| method.split(':').next() == Some(TESTED));
-    let method = own.or(methods.iter().find(|method| method.starts_with(TESTED)))?;
-    Some((method.to_string(), MEAN.to_string()))
+/// The arms of all tasks.
+pub(super) fn of_any_task(cells: &[CellResult]) -> BTreeSet<Arm> {
+    arms(cells).into_iter().map(|(_, arm)| arm).collect()
 }
 
-/// The method that the others are compared with, if there is one.
-pub(super) fn baseline<'a>(keys: impl Iterator<Item = &'a CellKey>) -> Option<String> {
-    let mut methods: Vec<&String> = keys.map(|key| &key.method).collect();
-    methods.sort(); // the method without options sorts first
-    let plain = |method: &str| method.split(':').next() == Some(BASELINE);
-    methods.into_iter().find(|method| plain(method)).cloned()
+/// The mean of every method. A method without options comes before the same one with options.
+fn means<'a>(keys: impl Iterator<Item = &'a CellKey>) -> BTreeSet<Arm> {
+    keys.map(|key| Arm::mean_of(&key.method)).collect()
+}
+
+/// The arm that is tested against the others, if the study has one.
+pub(super) fn tested(cells: &[CellResult]) -> Option<Arm> {
+    let means = means(cells.iter().map(|cell| &cell.key));
+    let own = means.iter().find(|arm| arm.recipe_name() == TESTED);
+    own.or(means.iter().find(|arm| arm.method.starts_with(TESTED))).cloned()
+}
+
+/// The mean of the method that the others are compared with, if there is one.
+pub(super) fn baseline<'a>(keys: impl Iterator<Item = &'a CellKey>) -> Option<Arm> {
+    means(keys).into_iter().find(|arm| arm.recipe_name() == BASELINE)
+}
+
+/// The draws of the tested method, if it has any.
+pub(super) fn draws_of(tested: &Arm, cells: &[CellResult]) -> Option<Arm> {
+    let own = |arm: &Arm| arm.method == tested.method && treatment::is_draws(&arm.treatment);
+    arms(cells).into_iter().map(|(_, arm)| arm).find(own)
+}
+
+/// Whether an arm is fitted on held-out rows. It then belongs to another recipe than the baseline: to the
+/// baseline's method trained on fewer rows.
+pub(super) fn is_fitted_held_out(arm: &Arm, baseline: &Arm) -> bool {
+    arm.method != baseline.method
+        && arm.recipe_name() == baseline.recipe_name()
+        && treatment::is_fitted_held_out(&arm.treatment)
 }
 
 /// A name for a cell's settings without its method.
 pub(super) fn settings_of(key: &CellKey) -> String {
     CellKey { method: String::new(), ..key.clone() }.folder_name()
-}
-
-/// The name of an arm in tables.
-pub(super) fn name((method, arm): &Arm) -> String {
-    format!("{method} ({arm})")
 }
 
 /// A figure in a table; `-` for NaN.

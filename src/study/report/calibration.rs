@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use super::super::cell::CellResult;
 use super::super::treatment::{self, MEAN};
-use super::arm::{arms, name, number, Arm, BASELINE};
+use super::arm::{draws_of, is_fitted_held_out, number, of_any_task, Arm};
 use super::pairs::{differences, signed_rank_test, Pairs, ECE, NLL};
 use crate::metrics::median;
 
@@ -22,30 +22,19 @@ const TREATMENTS: [&str; 6] = [
 /// The section about calibration, over the settings that are done in both arms of each row; empty if there
 /// are no draws.
 pub(super) fn calibration(cells: &[CellResult], tested: &Arm, baseline: &Arm) -> String {
-    let drawn = arms(cells).into_iter().map(|(_, arm)| arm);
-    let Some(draws) = drawn.into_iter().find(|arm| arm.0 == tested.0 && treatment::is_draws(&arm.1)) else {
-        return String::new();
-    };
-    let mut others = TREATMENTS.map(|arm| (baseline.0.clone(), arm.to_string())).to_vec();
-    // Arms fitted on held-out rows belong to another recipe: the baseline trained on fewer rows.
-    let held_out = |arm: &Arm| {
-        treatment::is_fitted_held_out(&arm.1)
-            && arm.0.split(':').next() == Some(BASELINE)
-            && arm.0 != baseline.0
-    };
-    let of_others: BTreeSet<Arm> = arms(cells).into_iter().map(|(_, arm)| arm).filter(held_out).collect();
-    others.splice(1..1, of_others);
+    let Some(draws) = draws_of(tested, cells) else { return String::new() };
+    let mut others = TREATMENTS.map(|treatment| Arm::new(&baseline.method, treatment)).to_vec();
+    others.splice(1..1, of_any_task(cells).into_iter().filter(|arm| is_fitted_held_out(arm, baseline)));
     // The tested arm may be the draws themselves.
-    let mean = (tested.0.clone(), MEAN.to_string());
+    let mean = Arm::mean_of(&tested.method);
     let pairs: Vec<(&Arm, Pairs)> =
         std::iter::once(&mean).chain(&others).map(|arm| (arm, Pairs::new(cells, &draws, arm))).collect();
-    let own = name(&draws);
     let mut text = format!(
-        "\n## Calibration: {own} against the mean and the treatments of {}\n\nMedians over the settings that \
-         are done in both, and the signed-rank test of their differences (positive: {own} is higher, which is \
+        "\n## Calibration: {draws} against the mean and the treatments of {}\n\nMedians over the settings that \
+         are done in both, and the signed-rank test of their differences (positive: {draws} is higher, which is \
          worse).\n\n| task | against | settings | NLL, draws | NLL, other | test | ECE, draws | ECE, other | test \
          |\n|{}\n",
-        baseline.0,
+        baseline.method,
         "---|".repeat(9)
     );
     let tasks: BTreeSet<&str> = pairs.iter().flat_map(|(_, pairs)| pairs.tasks()).collect();
@@ -60,7 +49,7 @@ pub(super) fn calibration(cells: &[CellResult], tested: &Arm, baseline: &Arm) ->
                 let [own, other] = scores.each_ref().map(|scores| number(median(scores)));
                 format!("{own} | {other} | {}", signed_rank_test(&differences(&scores)))
             });
-            writeln!(text, "| {task} | {} | {settings} | {} |", name(arm), columns.join(" | ")).ok();
+            writeln!(text, "| {task} | {arm} | {settings} | {} |", columns.join(" | ")).ok();
         }
     }
     if tasks.len() > 1 {
@@ -71,7 +60,7 @@ pub(super) fn calibration(cells: &[CellResult], tested: &Arm, baseline: &Arm) ->
                 continue;
             }
             let columns = columns.map(|differences| format!("- | - | {}", signed_rank_test(&differences)));
-            writeln!(text, "| all | {} | {settings} | {} |", name(arm), columns.join(" | ")).ok();
+            writeln!(text, "| all | {arm} | {settings} | {} |", columns.join(" | ")).ok();
         }
     }
     if tasks.is_empty() {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use super::super::cell::{CellResult, Status};
-use super::arm::{name, number, settings_of, Arm};
+use super::arm::{number, settings_of, Arm};
 use super::pairs::{difference, signed_rank_test, spread, Pairs, METRIC, NLL};
 use crate::metrics::median;
 
@@ -27,7 +27,7 @@ pub(super) fn claim(cells: &[CellResult], tested: &Arm, baseline: &Arm) -> Strin
         return String::new();
     }
     let count = |start: &str| all.iter().filter(|holds| holds.starts_with(start)).count();
-    let (own, other) = (name(tested), name(baseline));
+    let (own, other) = (tested, baseline);
     let mut text = format!(
         "\n## The paper's claim\n\n{own} has a smaller spread than {other} at no lower median on {} of {} tasks, \
          {} undecided. Spreads and medians are over the settings (learning rate, batch size, seed) that are \
@@ -91,7 +91,7 @@ impl Runs {
 fn both_ran<'a>(cells: &'a [CellResult], tested: &Arm, baseline: &Arm) -> BTreeMap<&'a str, [Runs; 2]> {
     let mut tasks: BTreeMap<&str, [Runs; 2]> = BTreeMap::new();
     for CellResult { key, status, .. } in cells {
-        let Some(arm) = [tested, baseline].iter().position(|arm| arm.0 == key.method) else { continue };
+        let Some(arm) = [tested, baseline].iter().position(|arm| arm.method == key.method) else { continue };
         let runs = &mut tasks.entry(&key.task).or_default()[arm];
         runs.statuses.insert(settings_of(key), *status);
     }

@@ -10,7 +10,7 @@ use crate::metrics::median;
 /// The table of step time, training time and memory, as multiples of the baseline's in the cell with the same
 /// settings.
 pub(super) fn costs_markdown(costs: &[(&CellKey, CellCost)]) -> String {
-    let name = baseline(costs.iter().map(|(key, _)| *key)).unwrap_or_else(|| BASELINE.to_string());
+    let name = baseline(costs.iter().map(|(key, _)| *key)).map_or(BASELINE.to_string(), |arm| arm.method);
     let baseline: BTreeMap<String, &CellCost> = costs
         .iter()
         .filter(|(key, _)| key.method == name)

@@ -9,11 +9,11 @@ use super::figures::{ArmFigures, FIGURES};
 
 pub(super) fn rows_csv(rows: &BTreeMap<(String, Arm), ArmFigures>) -> String {
     let mut text = format!("task,method,arm,metric,{},done,diverged,failed\n", FIGURES.join(","));
-    for ((task, (method, arm)), row) in rows {
+    for ((task, Arm { method, treatment }), row) in rows {
         let figures = row.figures().map(|figure| figure.to_string()).join(",");
         let ArmFigures { metric, done, diverged, failed, .. } = row;
-        let (task, method, arm) = (field(task), field(method), field(arm));
-        writeln!(text, "{task},{method},{arm},{metric},{figures},{done},{diverged},{failed}").ok();
+        let (task, method, treatment) = (field(task), field(method), field(treatment));
+        writeln!(text, "{task},{method},{treatment},{metric},{figures},{done},{diverged},{failed}").ok();
     }
     text
 }
@@ -29,9 +29,9 @@ pub(super) fn cells_csv(cells: &[CellResult]) -> String {
         if arms.is_empty() {
             writeln!(text, "{start},,{metric},,,,").ok();
         }
-        for (arm, m) in arms {
+        for (treatment, m) in arms {
             let scores = [m.get(metric), m.nll, m.ece, m.brier].map(cell).join(",");
-            writeln!(text, "{start},{},{metric},{scores}", field(arm)).ok();
+            writeln!(text, "{start},{},{metric},{scores}", field(treatment)).ok();
         }
     }
     text

@@ -5,17 +5,16 @@ use std::fmt::Write;
 
 use super::super::cell::CellResult;
 use super::super::paired::{PairedRows, RowScore};
-use super::super::plan::{arm, Comparison};
+use super::super::plan::Comparison;
 use super::super::rows::CellRows;
 use super::super::stats::{holm, TwoLevel};
-use super::super::treatment::{self, MEAN};
-use super::arm::{arms, name, number, Arm};
+use super::arm::{draws_of, is_fitted_held_out, number, of_any_task, Arm};
 use crate::error::Result;
 
 /// A test of a family.
 pub(super) struct Test {
-    pub arm: String,
-    pub against: String,
+    pub arm: Arm,
+    pub against: Arm,
     pub score: RowScore,
     /// The number of settings.
     settings: usize,
@@ -41,7 +40,7 @@ impl Test {
 /// The tests of a family over the cells that are done in both arms.
 ///
 /// # Errors
-/// If an arm is malformed, or two cells of a task were measured on different rows.
+/// If two cells of a task were measured on different rows.
 pub(super) fn tests(
     cells: &[CellResult],
     rows: &BTreeMap<String, CellRows>,
@@ -49,11 +48,11 @@ pub(super) fn tests(
 ) -> Result<Vec<Test>> {
     let mut tests = Vec::new();
     for comparison in family {
-        let (own, other) = (arm(&comparison.arm)?, arm(&comparison.against)?);
-        let pairs = PairedRows::new(cells, rows, [&own, &other], |_| true)?;
-        tests.extend(comparison.scores.iter().map(|score| Test {
-            arm: comparison.arm.clone(),
-            against: comparison.against.clone(),
+        let Comparison { arm, against, scores } = comparison;
+        let pairs = PairedRows::new(cells, rows, [arm, against], |_| true)?;
+        tests.extend(scores.iter().map(|score| Test {
+            arm: arm.clone(),
+            against: against.clone(),
             score: *score,
             settings: pairs.settings(),
             seeds: pairs.seeds(),
@@ -127,21 +126,16 @@ pub(super) const EXPLAINED: &str =
 pub(super) fn without_a_plan(
     cells: &[CellResult],
     tested: &Arm,
-    baseline: &str,
+    baseline: &Arm,
 ) -> Vec<(String, Vec<Comparison>)> {
-    let all: Vec<Arm> = arms(cells).into_iter().map(|(_, arm)| arm).collect();
-    let draws = all.iter().find(|arm| arm.0 == tested.0 && treatment::is_draws(&arm.1));
-    let own = draws.unwrap_or(tested);
-    let of_baseline = |arm: &&Arm| {
-        let held_out = arm.0 != baseline && arm.0.contains("held-out") && arm.1 != MEAN;
-        arm.0 == baseline || (arm.0.split(':').next() == baseline.split(':').next() && held_out)
-    };
-    let mut others: Vec<String> = all.iter().filter(of_baseline).map(name).collect();
-    others.sort();
-    others.dedup();
+    let own = draws_of(tested, cells).unwrap_or_else(|| tested.clone());
+    let of_baseline = |arm: &Arm| arm.method == baseline.method || is_fitted_held_out(arm, baseline);
+    let mut others: Vec<Arm> = of_any_task(cells).into_iter().filter(of_baseline).collect();
+    // In the order of their names, which earlier reports have: it puts `tfb held-out` before `tfb`.
+    others.sort_by_cached_key(Arm::to_string);
     let family = |scores: [RowScore; 2]| -> Vec<Comparison> {
         let against =
-            |other: &String| Comparison { arm: name(own), against: other.clone(), scores: scores.to_vec() };
+            |other: &Arm| Comparison { arm: own.clone(), against: other.clone(), scores: scores.to_vec() };
         others.iter().map(against).collect()
     };
     vec![

@@ -24,23 +24,23 @@ pub(super) struct ArmFigures {
 pub(super) fn rows(cells: &[CellResult]) -> BTreeMap<(String, Arm), ArmFigures> {
     let mut rows: BTreeMap<(String, Arm), ArmFigures> =
         arms(cells).into_iter().map(|key| (key, ArmFigures::default())).collect();
-    for ((task, (method, arm)), row) in &mut rows {
+    for ((task, Arm { method, treatment }), row) in &mut rows {
         for cell in cells.iter().filter(|cell| cell.key.task == *task && cell.key.method == *method) {
-            row.add(cell, arm);
+            row.add(cell, treatment);
         }
     }
     rows
 }
 
 impl ArmFigures {
-    fn add(&mut self, cell: &CellResult, arm: &str) {
+    fn add(&mut self, cell: &CellResult, treatment: &str) {
         self.metric.clone_from(&cell.metric);
         match cell.status {
             Status::Done => self.done += 1,
             Status::Diverged => self.diverged += 1,
             Status::Failed => self.failed += 1,
         }
-        let metrics = cell.arms.get(arm).filter(|_| cell.status == Status::Done);
+        let metrics = cell.arms.get(treatment).filter(|_| cell.status == Status::Done);
         let Some(metrics) = metrics else { return };
         self.scores.extend(metrics.get(&cell.metric));
         self.nll.extend(metrics.nll);

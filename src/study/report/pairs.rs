@@ -1,11 +1,11 @@
 //! Pairs of two arms in the same settings: only settings that both have are compared.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use super::super::cell::{CellResult, Status};
 use super::super::stats::wilcoxon;
-use super::arm::{arms, name, settings_of, Arm};
+use super::arm::{of_any_task, settings_of, Arm};
 use crate::metrics::{median, quantile, Metrics};
 
 /// A score of a cell in one arm.
@@ -28,8 +28,10 @@ pub(super) struct Pairs<'a>(BTreeMap<&'a str, Vec<[Scored<'a>; 2]>>);
 impl<'a> Pairs<'a> {
     pub fn new(cells: &'a [CellResult], arm: &Arm, other: &Arm) -> Self {
         let of = |arm: &Arm| -> BTreeMap<String, Scored<'a>> {
-            let done = cells.iter().filter(|c| c.status == Status::Done && c.key.method == arm.0);
-            done.filter_map(|cell| Some((settings_of(&cell.key), (cell, cell.arms.get(&arm.1)?)))).collect()
+            let done = cells.iter().filter(|c| c.status == Status::Done && c.key.method == arm.method);
+            let scored =
+                |cell: &'a CellResult| Some((settings_of(&cell.key), (cell, cell.arms.get(&arm.treatment)?)));
+            done.filter_map(scored).collect()
         };
         let (own, others) = (of(arm), of(other));
         let mut pairs: BTreeMap<&str, Vec<_>> = BTreeMap::new();
@@ -103,17 +105,14 @@ pub(super) fn signed_rank_test(differences: &[f64]) -> String {
 /// The section of tests of the tested arm against every other: over tasks, and over cells with the same
 /// settings.
 pub(super) fn signed_ranks(cells: &[CellResult], tested: &Arm) -> String {
-    let others: BTreeSet<Arm> =
-        arms(cells).into_iter().map(|(_, arm)| arm).filter(|arm| arm != tested).collect();
     let mut text = format!(
-        "\n## Wilcoxon signed-rank tests: {} against each other\n\nTwo-sided p, with the number n of \
-         differences that are not zero, their median (positive: {0} is higher), and in brackets the least p \
+        "\n## Wilcoxon signed-rank tests: {tested} against each other\n\nTwo-sided p, with the number n of \
+         differences that are not zero, their median (positive: {tested} is higher), and in brackets the least p \
          that n can give. A setting counts where both are done.\n\n| against | median over tasks | NLL over \
-         tasks | spread over tasks | metric over cells | NLL over cells |\n|---|---|---|---|---|---|\n",
-        name(tested)
+         tasks | spread over tasks | metric over cells | NLL over cells |\n|---|---|---|---|---|---|\n"
     );
-    for other in others {
-        let pairs = Pairs::new(cells, tested, &other);
+    for other in of_any_task(cells).iter().filter(|arm| *arm != tested) {
+        let pairs = Pairs::new(cells, tested, other);
         let columns = [
             pairs.over_tasks(METRIC, median),
             pairs.over_tasks(NLL, median),
@@ -122,7 +121,7 @@ pub(super) fn signed_ranks(cells: &[CellResult], tested: &Arm) -> String {
             pairs.over_cells(NLL),
         ];
         let columns = columns.map(|differences| signed_rank_test(&differences)).join(" | ");
-        writeln!(text, "| {} | {columns} |", name(&other)).ok();
+        writeln!(text, "| {other} | {columns} |").ok();
     }
     text
 }

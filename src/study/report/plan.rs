@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use super::super::cell::{CellKey, CellResult, Status};
-use super::super::paired::PairedRows;
-use super::super::plan::{arm, Criterion, Plan, Variation};
+use super::super::paired::{PairedRows, RowScore};
+use super::super::plan::{Criterion, Plan, Variation};
 use super::super::rows::CellRows;
 use super::super::stats::TwoLevel;
 use super::arm::{number, Arm};
@@ -61,31 +61,13 @@ pub(super) fn section(
         let (found, verdict) = match criterion {
             Criterion::Better { family, p } => {
                 let tests = families.get(family.as_str()).map(Vec::as_slice).unwrap_or_default();
-                better(tests, *p, &planned, &ended)?
+                better(&ended, tests, *p)
             }
-            Criterion::Sensitivity { arm: own, against, most, of } => {
-                sensitive(cells, [own, against], *most, *of, &planned, &ended)?
+            Criterion::Sensitivity { arm, against, most, of } => {
+                sensitive(&ended, [arm, against], *most, *of)
             }
-            Criterion::NotWorse { arm: own, against, score, lr, by } => {
-                let wanted = |key: &CellKey| lr.is_none_or(|lr| key.lr == lr);
-                let arms = [arm(own)?, arm(against)?];
-                let pairs = PairedRows::new(cells, rows, [&arms[0], &arms[1]], wanted)?;
-                let planned: Vec<CellKey> = planned.iter().filter(|key| wanted(key)).cloned().collect();
-                let (found, verdict) = match pairs.difference(*score) {
-                    None if pairs.settings() > 0 => {
-                        let why = "a difference is not finite".to_string();
-                        ("not finite".to_string(), Verdict::Undecided(why))
-                    }
-                    None => {
-                        ("no pair".to_string(), Verdict::Undecided("there is nothing to compare".to_string()))
-                    }
-                    Some(found) => {
-                        let text =
-                            format!("{:+.4} ({:+.4} to {:+.4})", found.estimate, found.low, found.high);
-                        (text, not_worse(&found, *by, score.lower_is_better()))
-                    }
-                };
-                (found, ended.or(&planned, &[arms], verdict))
+            Criterion::NotWorse { arm, against, score, lr, by } => {
+                not_worse(&ended, [arm, against], *score, *lr, *by)?
             }
         };
         writeln!(text, "| {} | {found} | {} |", words(criterion), verdict.text()).ok();
@@ -120,42 +102,31 @@ fn decided(holds: bool, otherwise: &str) -> Verdict {
     }
 }
 
-/// Whether the whole interval of a difference is at most `by` worse. If only the estimate is, chance alone
-/// may have kept it there.
-fn not_worse(found: &TwoLevel, by: f64, lower_is_better: bool) -> Verdict {
-    let (estimate, end) =
-        if lower_is_better { (found.estimate, found.high) } else { (-found.estimate, -found.low) };
-    if end <= by {
-        Verdict::Met
-    } else if estimate <= by {
-        Verdict::Undecided("the interval reaches further".to_string())
-    } else {
-        Verdict::NotMet("it is worse by more".to_string())
-    }
-}
-
-/// How the planned cells ended.
+/// The planned cells, and how they ended.
 struct Ended<'a> {
-    status: BTreeMap<String, Status>,
+    planned: &'a [CellKey],
+    cells: &'a [CellResult],
     rows: &'a BTreeMap<String, CellRows>,
+    status: BTreeMap<String, Status>,
 }
 
 impl<'a> Ended<'a> {
-    fn new(planned: &[CellKey], cells: &[CellResult], rows: &'a BTreeMap<String, CellRows>) -> Self {
+    fn new(planned: &'a [CellKey], cells: &'a [CellResult], rows: &'a BTreeMap<String, CellRows>) -> Self {
         let names: BTreeSet<String> = planned.iter().map(CellKey::folder_name).collect();
         let ended = cells.iter().map(|cell| (cell.key.folder_name(), cell.status));
-        Self { status: ended.filter(|(name, _)| names.contains(name)).collect(), rows }
+        let status = ended.filter(|(name, _)| names.contains(name)).collect();
+        Self { planned, cells, rows, status }
     }
 
     fn count(&self, planned: &[CellKey], status: Option<Status>) -> usize {
         planned.iter().filter(|key| self.status.get(&key.folder_name()).copied() == status).count()
     }
 
-    /// The number of cells that are done but did not keep this arm's rows.
-    fn without_rows(&self, keys: &[CellKey], arm: &str) -> usize {
+    /// The number of cells that are done but did not keep the rows of this treatment.
+    fn without_rows(&self, keys: &[CellKey], treatment: &str) -> usize {
         let lacks = |key: &&CellKey| {
             let name = key.folder_name();
-            let kept = self.rows.get(&name).is_some_and(|rows| rows.arms.contains_key(arm));
+            let kept = self.rows.get(&name).is_some_and(|rows| rows.arms.contains_key(treatment));
             self.status.get(&name) == Some(&Status::Done) && !kept
         };
         keys.iter().filter(lacks).count()
@@ -164,15 +135,16 @@ impl<'a> Ended<'a> {
     /// The verdict on pairs of arms, if the cells behind it are complete. Missing or failed cells, or cells
     /// without rows, make it undecided. If cells of the first arm of a pair diverged, the criterion is not
     /// met, since its worst cells have no score.
-    fn or(&self, planned: &[CellKey], pairs: &[[Arm; 2]], verdict: Verdict) -> Verdict {
+    fn or(&self, planned: &[CellKey], pairs: &[[&Arm; 2]], verdict: Verdict) -> Verdict {
         // Several arms of one method share the same cells.
         let of = |methods: &BTreeSet<&String>| -> Vec<CellKey> {
             planned.iter().filter(|key| methods.contains(&key.method)).cloned().collect()
         };
-        let arms: BTreeSet<&Arm> = pairs.iter().flatten().collect();
-        let lost = arms.iter().map(|arm| self.without_rows(&of(&[&arm.0].into()), &arm.1)).sum::<usize>();
-        let own = of(&pairs.iter().map(|[own, _]| &own.0).collect());
-        let all = of(&arms.iter().map(|arm| &arm.0).collect());
+        let arms: BTreeSet<&Arm> = pairs.iter().flatten().copied().collect();
+        let lost = arms.iter().map(|arm| self.without_rows(&of(&[&arm.method].into()), &arm.treatment));
+        let lost: usize = lost.sum();
+        let own = of(&pairs.iter().map(|[own, _]| &own.method).collect());
+        let all = of(&arms.iter().map(|arm| &arm.method).collect());
         let open = self.count(&all, None) + self.count(&all, Some(Status::Failed));
         match (self.count(&own, Some(Status::Diverged)), open) {
             (0, 0) if lost > 0 => Verdict::Undecided(format!("{lost} of its cells lack their rows")),
@@ -183,27 +155,21 @@ impl<'a> Ended<'a> {
     }
 }
 
-fn better(tests: &[Test], p: f64, planned: &[CellKey], ended: &Ended) -> Result<(String, Verdict)> {
+/// What was found about [`Criterion::Better`], and the verdict.
+fn better(ended: &Ended, tests: &[Test], p: f64) -> (String, Verdict) {
     let found = tests.iter().filter(|test| test.better(p)).count();
     let verdict = decided(found == tests.len(), "not every test finds it better");
-    let pairs = tests.iter().map(|test| Ok([arm(&test.arm)?, arm(&test.against)?]));
-    let verdict = ended.or(planned, &pairs.collect::<Result<Vec<_>>>()?, verdict);
+    let pairs: Vec<[&Arm; 2]> = tests.iter().map(|test| [&test.arm, &test.against]).collect();
     let largest = tests.iter().map(|test| test.corrected).fold(f64::NAN, f64::max);
     let largest = if largest.is_nan() { "-".to_string() } else { chance(largest) };
-    Ok((format!("{found} of {}, largest p {largest}", tests.len()), verdict))
+    let text = format!("{found} of {}, largest p {largest}", tests.len());
+    (text, ended.or(ended.planned, &pairs, verdict))
 }
 
-fn sensitive(
-    cells: &[CellResult],
-    [own, against]: [&String; 2],
-    most: f64,
-    of: Variation,
-    planned: &[CellKey],
-    ended: &Ended,
-) -> Result<(String, Verdict)> {
-    let arms = [arm(own)?, arm(against)?];
-    let (found, verdict) = match sensitivity::compared(cells, &arms[0], &arms[1]) {
-        None => ("no pair".to_string(), Verdict::Undecided("there is nothing to compare".to_string())),
+/// What was found about [`Criterion::Sensitivity`], and the verdict.
+fn sensitive(ended: &Ended, arms: [&Arm; 2], most: f64, of: Variation) -> (String, Verdict) {
+    let (found, verdict) = match sensitivity::compared(ended.cells, arms[0], arms[1]) {
+        None => nothing(),
         Some(found) => {
             let ratio = found.variances[0] / found.variances[1];
             let ratio = if of == Variation::Deviation { ratio.sqrt() } else { ratio };
@@ -213,7 +179,53 @@ fn sensitive(
             )
         }
     };
-    Ok((found, ended.or(planned, &[arms], verdict)))
+    (found, ended.or(ended.planned, &[arms], verdict))
+}
+
+/// What was found about [`Criterion::NotWorse`], and the verdict.
+///
+/// # Errors
+/// If two cells of a task were measured on different rows.
+fn not_worse(
+    ended: &Ended,
+    arms: [&Arm; 2],
+    score: RowScore,
+    lr: Option<f64>,
+    by: f64,
+) -> Result<(String, Verdict)> {
+    let wanted = |key: &CellKey| lr.is_none_or(|lr| key.lr == lr);
+    let pairs = PairedRows::new(ended.cells, ended.rows, arms, wanted)?;
+    let (found, verdict) = match pairs.difference(score) {
+        None if pairs.settings() > 0 => {
+            ("not finite".to_string(), Verdict::Undecided("a difference is not finite".to_string()))
+        }
+        None => nothing(),
+        Some(found) => (
+            format!("{:+.4} ({:+.4} to {:+.4})", found.estimate, found.low, found.high),
+            worse_by_at_most(&found, by, score.lower_is_better()),
+        ),
+    };
+    let planned: Vec<CellKey> = ended.planned.iter().filter(|key| wanted(key)).cloned().collect();
+    Ok((found, ended.or(&planned, &[arms], verdict)))
+}
+
+/// The outcome of a criterion for which no two cells can be compared.
+fn nothing() -> (String, Verdict) {
+    ("no pair".to_string(), Verdict::Undecided("there is nothing to compare".to_string()))
+}
+
+/// Whether the whole interval of a difference is at most `by` worse. If only the estimate is, chance alone
+/// may have kept it there.
+fn worse_by_at_most(found: &TwoLevel, by: f64, lower_is_better: bool) -> Verdict {
+    let (estimate, end) =
+        if lower_is_better { (found.estimate, found.high) } else { (-found.estimate, -found.low) };
+    if end <= by {
+        Verdict::Met
+    } else if estimate <= by {
+        Verdict::Undecided("the interval reaches further".to_string())
+    } else {
+        Verdict::NotMet("it is worse by more".to_string())
+    }
 }
 
 /// A criterion in words.
@@ -258,7 +270,11 @@ mod tests {
             (0.0, false, "undecided: the interval reaches further"),
             (-0.02, false, "not met: it is worse by more"),
         ] {
-            assert_eq!(not_worse(&found(estimate), 0.015, lower_is_better).text(), verdict, "{estimate}");
+            assert_eq!(
+                worse_by_at_most(&found(estimate), 0.015, lower_is_better).text(),
+                verdict,
+                "{estimate}"
+            );
         }
     }
 }

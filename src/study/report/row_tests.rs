@@ -58,10 +58,10 @@ fn study() -> Vec<(CellResult, CellRows)> {
                         trainable_parameters: 3,
                         steps: 1,
                     };
-                    for (arm, probabilities) in arms {
+                    for (treatment, probabilities) in arms {
                         let metrics = Metrics::classification(&probabilities, &label);
-                        result.arms.insert(arm.to_string(), metrics.unwrap_or_default());
-                        rows.add(arm, &probabilities);
+                        result.arms.insert(treatment.to_string(), metrics.unwrap_or_default());
+                        rows.add(treatment, &probabilities);
                     }
                     cells.push((result, rows));
                 }
@@ -124,11 +124,11 @@ fn differences_are_means_over_settings_and_tasks_and_cells_without_rows_add_noth
     for (score, of) in
         [("NLL", nll as fn(&[Vec<f64>], &[u32]) -> Result<f64>), ("ECE, debiased", ece_debiased)]
     {
-        let mean = |task: &str, method: &str, arm: &str| -> Result<f64> {
+        let mean = |task: &str, method: &str, treatment: &str| -> Result<f64> {
             let own =
                 cells.iter().filter(|(result, _)| result.key.task == task && result.key.method == method);
             let scores = own.map(|(_, rows)| {
-                let (p, classes) = rows.probabilities(arm).unwrap_or_default();
+                let (p, classes) = rows.probabilities(treatment).unwrap_or_default();
                 of(&p.chunks(classes).map(<[f64]>::to_vec).collect::<Vec<_>>(), &rows.label)
             });
             let scores: Vec<f64> = scores.collect::<Result<_>>()?;

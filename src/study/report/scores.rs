@@ -6,7 +6,7 @@ use std::fmt::Write;
 use super::super::cell::{CellResult, Status};
 use super::super::paired::{row_scores, RowScore};
 use super::super::rows::CellRows;
-use super::arm::{name, number, Arm};
+use super::arm::{number, Arm};
 use crate::metrics::{ece, ece_floor};
 
 /// The columns of the table, each a mean over cells.
@@ -17,11 +17,11 @@ pub(super) fn by_rows(cells: &[CellResult], rows: &BTreeMap<String, CellRows>) -
     let mut found: BTreeMap<(&str, Arm), Vec<[f64; 6]>> = BTreeMap::new();
     for cell in cells.iter().filter(|cell| cell.status == Status::Done) {
         let Some(kept) = rows.get(&cell.key.folder_name()) else { continue };
-        for arm in kept.arms.keys() {
-            let Some(scores) = row_scores(rows, &cell.key, arm) else { continue };
+        for treatment in kept.arms.keys() {
+            let Some(scores) = row_scores(rows, &cell.key, treatment) else { continue };
             let [nll, debiased, brier, accuracy] = RowScore::ALL.map(|score| scores.plain(score));
-            let [ece, floor] = calibration(kept, arm);
-            let arm = (cell.key.method.clone(), arm.clone());
+            let [ece, floor] = calibration(kept, treatment);
+            let arm = Arm::new(&cell.key.method, treatment);
             let figures = [accuracy, nll, brier, ece, floor, debiased];
             found.entry((&cell.key.task, arm)).or_default().push(figures);
         }
@@ -36,14 +36,14 @@ pub(super) fn by_rows(cells: &[CellResult], rows: &BTreeMap<String, CellRows>) -
     for ((task, arm), figures) in found {
         let mean = |i: usize| number(figures.iter().map(|row| row[i]).sum::<f64>() / figures.len() as f64);
         let means: Vec<String> = (0..COLUMNS.len()).map(mean).collect();
-        writeln!(text, "| {task} | {} | {} | {} |", name(&arm), figures.len(), means.join(" | ")).ok();
+        writeln!(text, "| {task} | {arm} | {} | {} |", figures.len(), means.join(" | ")).ok();
     }
     text
 }
 
-/// The ECE of an arm and its floor; NaN for invalid predictions.
-fn calibration(rows: &CellRows, arm: &str) -> [f64; 2] {
-    let (probabilities, classes) = rows.probabilities(arm).unwrap_or_default();
+/// The ECE in a treatment and its floor; NaN for invalid predictions.
+fn calibration(rows: &CellRows, treatment: &str) -> [f64; 2] {
+    let (probabilities, classes) = rows.probabilities(treatment).unwrap_or_default();
     let table: Vec<Vec<f64>> = probabilities.chunks(classes.max(1)).map(<[f64]>::to_vec).collect();
     [ece(&table, &rows.label).unwrap_or(f64::NAN), ece_floor(&table).unwrap_or(f64::NAN)]
 }

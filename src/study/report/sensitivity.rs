@@ -1,13 +1,13 @@
 //! How much scores depend on the learning rate, and how much they vary between seeds.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use super::super::cell::{CellResult, Status};
 use super::super::paired::{row_scores, PairedRows, RowScore};
 use super::super::rows::CellRows;
 use super::super::stats::{mean_regret, pitman_morgan, within_variance};
-use super::arm::{arms, name, number, Arm};
+use super::arm::{number, of_any_task, Arm};
 use super::families::chance;
 use super::pairs::spread;
 use crate::error::Result;
@@ -25,8 +25,8 @@ fn groups<'a>(
     score: impl Fn(&CellResult, &Metrics) -> Option<f64>,
 ) -> Groups<'a> {
     let mut groups = Groups::new();
-    for cell in cells.iter().filter(|cell| cell.status == Status::Done && cell.key.method == arm.0) {
-        let score = cell.arms.get(&arm.1).and_then(|metrics| score(cell, metrics));
+    for cell in cells.iter().filter(|cell| cell.status == Status::Done && cell.key.method == arm.method) {
+        let score = cell.arms.get(&arm.treatment).and_then(|metrics| score(cell, metrics));
         if let Some(score) = score {
             let key = (cell.key.task.as_str(), cell.key.seed, cell.key.batch_size);
             groups.entry(key).or_default().push((cell.key.lr, score));
@@ -71,9 +71,8 @@ pub(super) fn compared(cells: &[CellResult], arm: &Arm, against: &Arm) -> Option
 
 /// The section about the learning rate; empty if no arm has two learning rates.
 pub(super) fn sensitivity(cells: &[CellResult], baseline: &Arm) -> String {
-    let all: BTreeSet<Arm> = arms(cells).into_iter().map(|(_, arm)| arm).collect();
     let mut table = String::new();
-    for arm in &all {
+    for arm in &of_any_task(cells) {
         let scores = |score: fn(&CellResult, &Metrics) -> Option<f64>| -> Vec<Vec<f64>> {
             let of_rates = |group: Vec<(f64, f64)>| group.into_iter().map(|(_, score)| score).collect();
             groups(cells, arm, score)
@@ -96,7 +95,7 @@ pub(super) fn sensitivity(cells: &[CellResult], baseline: &Arm) -> String {
                 format!("{} | {p}", number(found.variances[0] / found.variances[1]))
             }
         };
-        writeln!(table, "| {} | {} | {test} |", name(arm), figures.map(number).join(" | ")).ok();
+        writeln!(table, "| {arm} | {} | {test} |", figures.map(number).join(" | ")).ok();
     }
     if table.is_empty() {
         return String::new();
@@ -106,10 +105,9 @@ pub(super) fn sensitivity(cells: &[CellResult], baseline: &Arm) -> String {
          task, seed and batch size; mean regret, the cost of a rate chosen at random compared to the best \
          rate of the same method; the paper's spread (best - worst of the metric over all cells of a task), \
          averaged over tasks. A method that is bad at every rate has a small spread, so read it together \
-         with the scores. The ratio of variances is to that of {} in the same settings; p is of the \
+         with the scores. The ratio of variances is to that of {baseline} in the same settings; p is of the \
          Pitman-Morgan test of their means over seeds.\n\n| arm | sd of NLL | regret, NLL | regret, accuracy | spread \
-         | ratio of variances | p |\n|---|---|---|---|---|---|---|\n{table}",
-        name(baseline)
+         | ratio of variances | p |\n|---|---|---|---|---|---|---|\n{table}"
     )
 }
 
@@ -153,7 +151,7 @@ pub(super) fn seeds(
     if table.is_empty() {
         return Ok(table);
     }
-    let [own, other] = [tested, baseline].map(name);
+    let [own, other] = [tested, baseline];
     Ok(format!(
         "\n## Chance: {other} against itself\n\nDistances between two seeds of {other} in the same setting, \
          and the number of cells of {own} that are further from the cell of {other} with the same seed than \
@@ -172,9 +170,9 @@ fn apart(
     score: RowScore,
 ) -> Vec<f64> {
     let mut settings: BTreeMap<(u64, usize), Vec<f64>> = BTreeMap::new();
-    let own = |cell: &&CellResult| cell.key.task == task && cell.key.method == arm.0;
+    let own = |cell: &&CellResult| cell.key.task == task && cell.key.method == arm.method;
     for cell in cells.iter().filter(own).filter(|cell| cell.status == Status::Done) {
-        if let Some(scores) = row_scores(rows, &cell.key, &arm.1) {
+        if let Some(scores) = row_scores(rows, &cell.key, &arm.treatment) {
             let setting = (cell.key.lr.to_bits(), cell.key.batch_size);
             settings.entry(setting).or_default().push(scores.plain(score));
         }

@@ -3,11 +3,11 @@ use crate::metrics::Metrics;
 use crate::study::store::Store;
 use crate::study::CellRows;
 
-/// A cell with these accuracies and NLLs by arm; diverged if there are none.
+/// A cell with these accuracies and NLLs by treatment; diverged if there are none.
 fn cell(task: &str, method: &str, lr: f64, arms: &[(&str, f64, f64)]) -> CellResult {
-    let metrics = |(arm, accuracy, nll): &(&str, f64, f64)| {
+    let metrics = |(treatment, accuracy, nll): &(&str, f64, f64)| {
         let (accuracy, nll) = (Some(*accuracy), Some(*nll));
-        (arm.to_string(), Metrics { accuracy, nll, ece: Some(0.1), ..Metrics::default() })
+        (treatment.to_string(), Metrics { accuracy, nll, ece: Some(0.1), ..Metrics::default() })
     };
     let (task, method) = (task.to_string(), method.to_string());
     CellResult {
