@@ -11,6 +11,7 @@ mod lines;
 pub mod masked;
 #[cfg(feature = "parquet")]
 pub mod parquet;
+mod records;
 mod row;
 pub mod split;
 pub mod superglue;
