@@ -3,6 +3,7 @@
 pub mod batch;
 mod byte_bpe;
 pub mod causal;
+pub mod chat;
 pub mod encode;
 mod folder;
 pub mod glue;

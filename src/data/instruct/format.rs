@@ -117,7 +117,7 @@ pub(super) fn prompted(row: &Row, format: Format) -> std::result::Result<Option<
         Format::Code if row.contains_key("test") => Some(tests(row)?),
         _ => None,
     };
-    Ok(Some(Prompted { prompt, answer, choices, tests }))
+    Ok(Some(Prompted { prompt, answer, choices, tests, learnt: None }))
 }
 
 /// Reads the tests of a program.
