@@ -1,5 +1,5 @@
-//! Fine-tunes a LLaMA or another decoder (Qwen, Mistral, SmolLM, Phi, Gemma) on text, instructions, GSM8K or
-//! code, and generates a sample before and after.
+//! Fine-tunes a LLaMA or another decoder (Qwen, Mistral, SmolLM, Phi, Gemma) on text, instructions,
+//! conversations, GSM8K or code, and generates a sample before and after.
 //!
 //! `cargo run --release --example llama`: the bundled stories260K on a bundled excerpt of GSM8K, with LoRA
 //! and then MonteCLoRA on its attention projections, in one table.
@@ -25,6 +25,7 @@ use common::log::{draw_curves, Log};
 use common::options::{check_apart, MethodOptions};
 use common::output::{tell, tell_err};
 use common::processes::{self, Processes};
+use common::row_format::{FormatOptions, RowFormat};
 use common::tasks::TaskOptions;
 use common::training::TrainOptions;
 use common::watch::{self, say, Scores, Watch};
@@ -32,7 +33,7 @@ use common::{interrupt, Outcome};
 use indicatif::ProgressBar;
 use monteclora::data::batch::Batcher;
 use monteclora::data::causal::{pack, PromptEncoder, Tokens};
-use monteclora::data::instruct::{self, Format, Prompted};
+use monteclora::data::instruct::{Format, Prompted};
 use monteclora::eval::Generator;
 use monteclora::inject::DEFAULT_ADAPTER;
 use monteclora::models::causal::CausalLm;
@@ -48,9 +49,9 @@ use monteclora::util::files;
 use monteclora::{Noise, Params};
 use serde_json::{json, Value};
 
-/// Fine-tunes a LLaMA or another decoder on text, instructions, GSM8K or code, and generates a sample before
-/// and after. Without arguments: LoRA and then MonteCLoRA with the bundled model on the bundled rows, in one
-/// table.
+/// Fine-tunes a LLaMA or another decoder on text, instructions, conversations, GSM8K or code, and generates a
+/// sample before and after. Without arguments: LoRA and then MonteCLoRA with the bundled model on the bundled
+/// rows, in one table.
 #[derive(Parser, Clone)]
 #[command(name = "llama", version, next_help_heading = "Model and data", after_help = EXAMPLES)]
 struct Args {
@@ -67,9 +68,8 @@ struct Args {
     /// Rows for the held-out loss, in the same format. Default: every twentieth row of the data.
     #[arg(long)]
     held_out: Option<PathBuf>,
-    /// The format of the rows: instruct, completion, gsm8k, text or code.
-    #[arg(long, default_value = "gsm8k")]
-    format: String,
+    #[command(flatten)]
+    format: FormatOptions,
     #[command(flatten)]
     method: MethodOptions,
     #[command(flatten)]
@@ -90,8 +90,8 @@ struct Args {
     /// Pack several rows into one sequence, in which later rows see earlier ones.
     #[arg(long, help_heading = "Training")]
     packing: bool,
-    /// The prompt to continue before and after training. Default: the first held-out prompt, of a text its
-    /// first words.
+    /// The prompt to continue before and after training; of conversations, what a user says. Default: the
+    /// first held-out prompt, of a text its first words.
     #[arg(long, help_heading = "Generation")]
     prompt: Option<String>,
     #[command(flatten)]
@@ -129,6 +129,8 @@ struct Data {
     held_out: Vec<Tokens>,
     held_out_texts: Vec<Prompted>,
     prompt: String,
+    /// The tokens that end a generated text.
+    stop: Vec<u32>,
 }
 
 /// The data that all methods share.
@@ -144,6 +146,7 @@ struct Setup {
 const EXAMPLES: &str = "\
 Examples:
   llama --model DIR --data TRAIN.jsonl --held-out TEST.jsonl --format instruct --method monteclora --output OUT
+  llama --model DIR --data CHATS.jsonl --format chat --method monteclora --output OUT
   llama --model DIR --data ROWS.jsonl --format gsm8k --adapter OUT/adapter --epochs 0 --task gsm8k
   llama --model DIR --data ROWS.jsonl --format code --task humaneval --run-generated-programs --epochs 0
 
@@ -169,12 +172,15 @@ fn run(processes: &Processes) -> Outcome {
     let longest = config.max_length();
     args.max_length = args.method.text_length(args.max_length, longest);
     let (length, ends) = (args.max_length, config.eos_token_ids.clone());
-    if ends.is_empty() {
+    let format = args.format.row_format(&files)?;
+    args.format.tell_unread(&given);
+    if ends.is_empty() && !format.is_chat() {
         tell_err!("{model}: it names no end token: the model does not learn where answers end");
     }
     let tokenizer = common::tokenizer(&files, config.vocab_size)?;
     let encoder = PromptEncoder::new(tokenizer, length, longest, ends, args.learn_prompt)?;
-    let data = data(&args, &encoder)?;
+    let encoder = if format.is_chat() { encoder.of_rendered() } else { encoder };
+    let data = data(&args, &format, &config, &encoder)?;
     tell!("{} training rows, {} held out", data.train.len(), data.held_out.len());
 
     let methods = args.method.names()?;
@@ -222,21 +228,16 @@ fn run(processes: &Processes) -> Outcome {
 }
 
 /// Reads, encodes and splits the data.
-fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
-    let format: Format = args.format.parse()?;
-    tell!("template: {}", format.template().replace('\n', "\\n"));
+fn data(args: &Args, format: &RowFormat, config: &DecoderConfig, encoder: &PromptEncoder) -> Outcome<Data> {
+    tell!("template: {}", format.template());
     let (mut rows, held_out) = match (&args.data, &args.held_out) {
-        (Some(path), Some(held_out)) => (instruct::read(path, format)?, instruct::read(held_out, format)?),
-        (Some(path), None) => {
-            let rows = instruct::read(path, format)?.into_iter().enumerate();
-            let (held_out, rows): (Vec<_>, Vec<_>) = rows.partition(|(i, _)| i % 20 == 19);
-            let texts = |rows: Vec<(usize, _)>| rows.into_iter().map(|(_, row)| row).collect();
-            (texts(rows), texts(held_out))
-        }
+        (Some(path), Some(held_out)) => (format.read(path)?, format.read(held_out)?),
+        (Some(path), None) => format.read_parted(path)?,
+        (None, _) if format.is_chat() => return Err("--format chat: give --data".into()),
         (None, held_out) => {
-            let dir = PathBuf::from(common::asset("gsm8k")?);
+            let (dir, bundled) = (PathBuf::from(common::asset("gsm8k")?), RowFormat::Plain(Format::Gsm8k));
             let held_out = held_out.clone().unwrap_or(dir.join("test.jsonl"));
-            (instruct::read(&dir.join("train.jsonl"), Format::Gsm8k)?, instruct::read(&held_out, format)?)
+            (bundled.read(&dir.join("train.jsonl"))?, format.read(&held_out)?)
         }
     };
     rows.truncate(args.train.limit(&rows).len());
@@ -256,9 +257,11 @@ fn data(args: &Args, encoder: &PromptEncoder) -> Outcome<Data> {
     }
     let fits =
         || encoded.rows.first().map_or_else(String::new, |tokens| held_out[tokens.row].opening().to_string());
-    let prompt = args.prompt.clone().unwrap_or_else(fits);
+    let prompt = args.prompt.as_ref().map(|prompt| format.prompt(prompt)).transpose()?.unwrap_or_else(fits);
+    let turn_ends = train.ends.iter().filter(|end| !config.eos_token_ids.contains(end));
+    let stop = config.eos_token_ids.iter().chain(turn_ends).copied().collect();
     let train = if args.packing { pack(&train.rows, args.max_length) } else { train.rows };
-    Ok(Data { train, held_out: encoded.rows, held_out_texts: held_out, prompt })
+    Ok(Data { train, held_out: encoded.rows, held_out_texts: held_out, prompt, stop })
 }
 
 impl Setup {
@@ -425,8 +428,8 @@ impl Setup {
         weights: PosteriorWeights,
         most: usize,
     ) -> Outcome<Generator<'a>> {
-        let (seed, ends) = (self.args.train.seed, self.config.eos_token_ids.clone());
-        let config = self.args.generation.config(seed, ends, weights, most)?;
+        let (seed, stop) = (self.args.train.seed, self.data.stop.clone());
+        let config = self.args.generation.config(seed, stop, weights, most)?;
         Ok(Generator { model, encoder: &self.encoder, config, batch_size: self.args.batch_size })
     }
 }

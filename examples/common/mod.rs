@@ -15,6 +15,7 @@ pub mod options;
 pub mod output;
 pub mod processes;
 pub mod random_weights;
+pub mod row_format;
 pub mod tasks;
 pub mod training;
 pub mod watch;

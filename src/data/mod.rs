@@ -3,6 +3,7 @@
 pub mod batch;
 mod byte_bpe;
 pub mod causal;
+pub mod chat;
 pub mod encode;
 mod folder;
 pub mod glue;
@@ -11,6 +12,7 @@ mod lines;
 pub mod masked;
 #[cfg(feature = "parquet")]
 pub mod parquet;
+mod records;
 mod row;
 pub mod split;
 pub mod superglue;

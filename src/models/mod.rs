@@ -6,6 +6,7 @@
 //! `candle-transformers` and against Hugging Face.
 
 pub mod causal;
+pub(crate) mod chat_template;
 mod checks;
 pub mod deberta;
 pub mod decoder;

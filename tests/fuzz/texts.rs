@@ -1,7 +1,8 @@
-//! Fuzzes the readers of data in text files: TSV and other tables, JSON lines, instructions.
+//! Fuzzes the readers of data in text files: TSV and other tables, JSON lines, instructions, conversations.
 
 use std::path::Path;
 
+use monteclora::data::chat::{self, ChatTemplate};
 use monteclora::data::table::{self, Columns, Target};
 use monteclora::data::task::Task;
 use monteclora::data::{glue, instruct, superglue};
@@ -149,4 +150,30 @@ fn instructions() {
     };
     let read = |input: &Input| instruct::read_from(&input.files[0][..], path, seeds[input.kind].0).map(drop);
     reader("instruct", "x.json").run(make, read);
+}
+
+#[test]
+fn conversations() {
+    let text =
+        "{{ tools | tojson }}{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>\n{% endfor %}";
+    let template = ChatTemplate::parse(text, Path::new("x.jinja"), &[]).unwrap();
+    let turn = |role: &str| json!({"role": role, "content": [{"type": "text", "text": "Caf\u{e9}?"}]});
+    let said = |from: &str| json!({"from": from, "value": "Why?"});
+    let seeds = [
+        json!({"messages": [turn("user"), turn("assistant"), turn("user"), turn("assistant")]}),
+        json!({"conversations": [said("human"), said("gpt")], "system": "Be brief."}),
+        json!({"prompt": [turn("user")], "completion": [turn("assistant")], "tools": [{"name": "f"}]}),
+    ];
+    let path = Path::new("x.jsonl");
+    let read = |bytes: &[u8]| chat::read_from(bytes, path, &template).map(drop);
+    let names = ["messages", "role", "content", "from", "value", "prompt", "completion", "tools", "weight"];
+    let values = ["user", "assistant", "gpt", "[]", " "].map(Value::from).to_vec();
+    for seed in &seeds {
+        read(json!([seed]).to_string().as_bytes()).unwrap();
+    }
+    let document = |seed: &Value| Documents::new(vec![seed.clone(), json!([seed])], values.clone(), &names);
+    let documents: Vec<Documents> = seeds.iter().map(document).collect();
+    let make = |rng: &mut Rng| Input::one(0, documents[rng.below(documents.len())].text(rng));
+    // Each turn is rendered with all that stand before it.
+    Reader { cost: 8, times: 512, ..reader("chat", "x.jsonl") }.run(make, |input| read(&input.files[0]));
 }

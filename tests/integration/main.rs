@@ -5,6 +5,8 @@ mod averages;
 mod between_steps;
 mod candle_transformers;
 mod causal;
+#[cfg(unix)]
+mod chat;
 mod checkpoint;
 #[cfg(unix)]
 mod command;

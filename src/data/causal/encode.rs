@@ -1,7 +1,10 @@
 //! Encodes prompts and answers as token ids.
 
+use std::collections::BTreeSet;
+
 use tokenizers::{Encoding, Tokenizer};
 
+use super::parts;
 use super::tokens::{windows, Tokens};
 use crate::data::instruct::Prompted;
 use crate::data::tokenizer;
@@ -19,6 +22,9 @@ pub struct Encodings {
     pub cut: usize,
     /// The number of rows dropped because truncation removed their whole answer.
     pub dropped: usize,
+    /// The special tokens with which the parts to learn end ([`Prompted::learnt`]), ascending: where a model
+    /// that has learnt them ends its turn.
+    pub ends: Vec<u32>,
 }
 
 /// Encodes rows and marks the tokens that count in the loss.
@@ -29,13 +35,17 @@ pub struct PromptEncoder {
     /// The tokens that end a text; the first is appended to answers.
     ends: Vec<u32>,
     learn_prompt: bool,
+    /// Whether texts have all their special tokens already.
+    rendered: bool,
+    /// The special tokens that a text may hold.
+    special: BTreeSet<u32>,
 }
 
 impl PromptEncoder {
     /// Creates an encoder of rows with at most `max_length` tokens. `ends` are the tokens that end a text
-    /// (`None`, or those of [`DecoderConfig`](crate::models::decoder::DecoderConfig)): the first is appended to
-    /// every answer that does not end with one of them, and the end counts in the loss. Prompts count only with
-    /// `learn_prompt`. The truncation and padding settings of the tokenizer's file are overridden; its
+    /// (`None`, or those of [`DecoderConfig`](crate::models::decoder::DecoderConfig)): the first is appended
+    /// to every answer that does not end with one of them, and the end counts in the loss. Prompts count only
+    /// with `learn_prompt`. The truncation and padding settings of the tokenizer's file are overridden; its
     /// post-processor still adds the special tokens.
     ///
     /// # Errors
@@ -55,7 +65,16 @@ impl PromptEncoder {
             .with_truncation(None)
             .map_err(|e| Error::config("max_length", e.to_string()))?
             .with_padding(None);
-        Ok(Self { tokenizer, max_length, ends: ends.into_iter().collect(), learn_prompt })
+        let added = tokenizer.get_added_tokens_decoder();
+        let special = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
+        let ends = ends.into_iter().collect();
+        Ok(Self { tokenizer, max_length, ends, learn_prompt, rendered: false, special })
+    }
+
+    /// The encoder for texts that a chat template rendered ([`data::chat`](crate::data::chat)): they have all
+    /// their special tokens, so that none is added at either end.
+    pub fn of_rendered(self) -> Self {
+        Self { rendered: true, ends: Vec::new(), ..self }
     }
 
     /// The tokenizer, without truncation and padding.
@@ -74,8 +93,8 @@ impl PromptEncoder {
     /// If the tokenizer fails.
     pub fn length(&self, row: &Prompted) -> Result<usize> {
         let text = format!("{}{}", row.prompt, row.answer);
-        let encoding = tokenizer::ask(|| self.tokenizer.encode(text, true))?;
-        Ok(self.tokens(&encoding, row.prompt.len(), 0).ids.len())
+        let encoding = tokenizer::ask(|| self.tokenizer.encode(text, !self.rendered))?;
+        Ok(self.tokens(&encoding, row, 0).0.ids.len())
     }
 
     /// Encodes a prompt for generation, without the special tokens that some tokenizers add at the end of a
@@ -84,7 +103,7 @@ impl PromptEncoder {
     /// # Errors
     /// If the tokenizer fails.
     pub fn prompt(&self, prompt: &str) -> Result<Vec<u32>> {
-        let encoding = tokenizer::ask(|| self.tokenizer.encode_fast(prompt, true))?;
+        let encoding = tokenizer::ask(|| self.tokenizer.encode_fast(prompt, !self.rendered))?;
         let (ids, special) = (encoding.get_ids(), encoding.get_special_tokens_mask());
         // An empty text consists of special tokens only: keep them.
         let end = special.iter().rposition(|special| *special == 0).map_or(ids.len(), |last| last + 1);
@@ -106,13 +125,16 @@ impl PromptEncoder {
     /// # Errors
     /// If the tokenizer fails.
     pub fn encode(&self, rows: &[Prompted]) -> Result<Encodings> {
-        let mut out = Encodings { rows: Vec::with_capacity(rows.len()), cut: 0, dropped: 0 };
+        let mut out =
+            Encodings { rows: Vec::with_capacity(rows.len()), cut: 0, dropped: 0, ends: Vec::new() };
+        let mut ends = BTreeSet::new();
         for (chunk, first) in rows.chunks(CHUNK).zip((0..).step_by(CHUNK)) {
             let texts: Vec<String> =
                 chunk.iter().map(|row| format!("{}{}", row.prompt, row.answer)).collect();
-            let encodings = tokenizer::ask(|| self.tokenizer.encode_batch(texts, true))?;
+            let encodings = tokenizer::ask(|| self.tokenizer.encode_batch(texts, !self.rendered))?;
             for ((encoding, prompted), row) in encodings.iter().zip(chunk).zip(first..) {
-                let whole = self.tokens(encoding, prompted.prompt.len(), row);
+                let (whole, last) = self.tokens(encoding, prompted, row);
+                ends.extend(last);
                 if prompted.prompt.is_empty() {
                     out.rows.extend(windows(whole, self.max_length));
                     continue;
@@ -130,17 +152,28 @@ impl PromptEncoder {
                 }
             }
         }
+        out.ends = ends.into_iter().collect();
         Ok(out)
     }
 
-    /// The untruncated tokens of a row whose prompt has `prompt` bytes, with its end and the loss mask.
-    fn tokens(&self, encoding: &Encoding, prompt: usize, row: usize) -> Tokens {
+    /// The untruncated tokens of the row with this index, with its end and the loss mask; and the special
+    /// tokens with which its parts to learn end.
+    fn tokens(&self, encoding: &Encoding, prompted: &Prompted, row: usize) -> (Tokens, Vec<u32>) {
         let start = doubled_start(encoding);
         let mut ids = encoding.get_ids()[start..].to_vec();
-        let own = encoding.get_offsets().iter().zip(encoding.get_special_tokens_mask()).skip(start);
-        let of_answer = |(_, end): (usize, usize)| self.learn_prompt || end > prompt;
+        let offsets = &encoding.get_offsets()[start..];
+        let (of_parts, last) = match &prompted.learnt {
+            None => (offsets.iter().map(|(_, end)| *end > prompted.prompt.len()).collect(), Vec::new()),
+            Some(learnt) => {
+                let text = format!("{}{}", prompted.prompt, prompted.answer);
+                let is_special = |token: usize| self.special.contains(&ids[token]);
+                parts::mark(&text, learnt, offsets, is_special)
+            }
+        };
+        let last = last.into_iter().map(|token| ids[token]).collect();
+        let own = of_parts.iter().zip(&encoding.get_special_tokens_mask()[start..]);
         let mut learnt: Vec<bool> =
-            own.map(|(offsets, special)| *special == 0 && of_answer(*offsets)).collect();
+            own.map(|(learnt, added)| *added == 0 && (self.learn_prompt || *learnt)).collect();
         // Some tokenizers add an end token themselves, and texts that a chat template rendered have one.
         match (self.ends.first(), ids.last()) {
             (Some(_), Some(last)) if self.ends.contains(last) => learnt[ids.len() - 1] = true,
@@ -150,7 +183,7 @@ impl PromptEncoder {
             }
             (None, _) => {}
         }
-        Tokens { ids, learnt, row }
+        (Tokens { ids, learnt, row }, last)
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod batch;
 mod encode;
+mod parts;
 #[cfg(test)]
 mod tests;
 mod tokens;

@@ -75,17 +75,22 @@ pub fn instruction_prompt(instruction: &str, input: &str) -> String {
 /// Fields with which other formats store earlier turns and the system prompt of a conversation.
 const OF_CONVERSATIONS: [&str; 4] = ["system", "history", "messages", "conversations"];
 
+/// The first of these fields that says something, which only conversations read.
+pub(super) fn of_conversation(row: &Row) -> Option<&'static str> {
+    OF_CONVERSATIONS.into_iter().find(|name| says(row, name))
+}
+
 /// Converts a row into prompt and answer. Returns `None` if there is nothing to learn: for an empty text or
 /// completion, or an instruction with an empty output, as Alpaca has some.
 pub(super) fn prompted(row: &Row, format: Format) -> std::result::Result<Option<Prompted>, String> {
+    if let Some(name) = of_conversation(row).filter(|_| format != Format::Text) {
+        return Err(format!(
+            "field {name:?} is not supported and would be lost: read conversations in the format chat \
+             (--format chat), put its text into the prompt, or remove it"
+        ));
+    }
     let (prompt, answer) = match format {
         Format::Instruct => {
-            if let Some(name) = OF_CONVERSATIONS.into_iter().find(|name| says(row, name)) {
-                return Err(format!(
-                    "field {name:?} is not supported and would be lost: put its text into the instruction, \
-                     or remove it"
-                ));
-            }
             let given = row.get("input").is_some_and(|input| *input != Cell::Null);
             let input = if given { text(row, "input")? } else { "" };
             let instruction = text(row, "instruction")?;
@@ -112,7 +117,7 @@ pub(super) fn prompted(row: &Row, format: Format) -> std::result::Result<Option<
         Format::Code if row.contains_key("test") => Some(tests(row)?),
         _ => None,
     };
-    Ok(Some(Prompted { prompt, answer, choices, tests }))
+    Ok(Some(Prompted { prompt, answer, choices, tests, learnt: None }))
 }
 
 /// Reads the tests of a program.

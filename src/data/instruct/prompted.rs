@@ -1,5 +1,7 @@
 //! Prompts with their answers, choices and tests.
 
+use std::ops::Range;
+
 use crate::error::{Error, Result};
 
 /// A prompt and the answer to learn.
@@ -13,6 +15,9 @@ pub struct Prompted {
     pub choices: Option<Choices>,
     /// The tests of a generated answer, if it completes a program.
     pub tests: Option<ProgramTests>,
+    /// The parts to learn, as bytes of prompt and answer together, in order and apart; `None`: the answer. A
+    /// conversation has a part for each turn of the assistant.
+    pub learnt: Option<Vec<Range<usize>>>,
 }
 
 /// The most words and bytes of a text's [`Prompted::opening`].

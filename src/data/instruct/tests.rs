@@ -172,6 +172,26 @@ fn a_conversation_does_not_lose_its_earlier_turns() -> Result<()> {
 }
 
 #[test]
+fn no_format_but_text_takes_a_row_with_a_conversation_beside_its_fields() -> Result<()> {
+    for (format, fields) in [
+        (Format::Completion, r#""prompt": "p", "completion": "c""#),
+        (Format::Gsm8k, r#""question": "q", "answer": "a""#),
+        (Format::Code, r#""prompt": "p", "canonical_solution": "c""#),
+    ] {
+        for field in [r#""system": "You sing.""#, r#""messages": [{"role": "user", "content": "q"}]"#] {
+            let error = one(format, &format!("{{{fields}, {field}}}")).unwrap_err().to_string();
+            let name = field.split(':').next().unwrap();
+            let expected = format!("x.json, line 1: field {name} is not supported and would be lost: read");
+            assert!(error.starts_with(&expected), "{error}");
+        }
+    }
+    // Of data sets that have a rendered conversation beside the turns.
+    let rows = one(Format::Text, r#"{"text": "all of it", "messages": [{"role": "user"}]}"#)?;
+    assert_eq!(rows[0].answer, "all of it");
+    Ok(())
+}
+
+#[test]
 fn the_authors_files_are_read() {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let Some(dir) = here.ancestors().skip(1).map(|up| up.join("shared/data")).find(|p| p.is_dir()) else {

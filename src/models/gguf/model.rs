@@ -22,7 +22,7 @@ pub struct Texts {
     pub tokenizer: Option<Json>,
     /// `tokenizer_config.json`.
     pub settings: Option<Json>,
-    /// `chat_template.jinja`.
+    /// The chat template, from whichever file has it.
     pub template: Option<String>,
 }
 
@@ -161,7 +161,7 @@ fn describe_texts(
             metadata.insert(format!("tokenizer.ggml.{key}"), set.into());
         }
     }
-    if let Some(template) = texts.template.as_deref().or(settings["chat_template"].as_str()) {
+    if let Some(template) = texts.template.as_deref() {
         metadata.insert("tokenizer.chat_template".into(), template.into());
     }
     Ok(())

@@ -11,6 +11,7 @@ use super::shards::{Entry, Failure};
 use super::{check_layers, check_merged, merged, plan, tensor};
 use crate::adapter::{AdaptableModel, Params, Pass, Role};
 use crate::error::{Error, Result};
+use crate::models::chat_template::find;
 use crate::models::gguf::{check_model, write_model, Gguf, GgufKind, Named, Texts};
 use crate::models::hub::ModelFiles;
 use crate::util::json;
@@ -139,14 +140,9 @@ fn texts(files: &ModelFiles) -> Result<Texts> {
         let Some(path) = files.file(name)? else { return Ok(None) };
         json::parse(std::fs::read(&path).map_err(Error::io(&*path))?, &path).map(Some)
     };
-    let template = match files.file("chat_template.jinja")? {
-        Some(path) => Some(std::fs::read_to_string(&path).map_err(Error::io(&*path))?),
-        None => None,
-    };
+    let template = find(files)?.map(|found| found.text);
     let tokenizer = read("tokenizer.json")?;
     if let (None, Some(gguf)) = (&tokenizer, files.gguf()) {
-        let template =
-            gguf.value("tokenizer.chat_template").and_then(|text| text.as_str()).map(str::to_string);
         return Ok(Texts { tokenizer: gguf.tokenizer()?, settings: None, template });
     }
     Ok(Texts { tokenizer, settings: read("tokenizer_config.json")?, template })
