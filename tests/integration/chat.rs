@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use monteclora::data::chat::ChatTemplate;
+use monteclora::data::chat::{self, ChatTemplate};
 use monteclora::models::gguf::{Gguf, GgufKind};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::save_gguf;
@@ -121,5 +121,44 @@ fn a_file_in_gguf_has_the_template_that_is_named_default_and_gives_it_back() -> 
     for files in [files, read] {
         assert_eq!(ChatTemplate::of_model(&files)?.prompt("Who ?")?, "<s>Who ?\n");
     }
+    Ok(())
+}
+
+#[test]
+fn conversations_are_the_texts_that_transformers_renders() -> Outcome {
+    // tests/data/make_chat_golden.py
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/chat_golden.json");
+    let golden: Value = serde_json::from_slice(&fs::read(path)?)?;
+    let tokens: Vec<(&str, &str)> = ["bos_token", "eos_token"]
+        .into_iter()
+        .filter_map(|name| Some((name, golden["tokens"][name].as_str()?)))
+        .collect();
+    let cases = golden["cases"].as_array().ok_or("cases")?;
+    let mut split = 0;
+    for case in cases {
+        let text = |name: &str| case[name].as_str().ok_or("a text");
+        let (name, whole, prompt) = (text("name")?, text("text")?, text("prompt")?);
+        let template = ChatTemplate::parse(text("template")?, Path::new(name), &tokens)?;
+        let read = chat::read_from(case["row"].to_string().as_bytes(), Path::new(name), &template)?;
+        split += read.split;
+        let row = read.rows.last().ok_or("a row")?;
+        assert_eq!(format!("{}{}", row.prompt, row.answer), whole, "{name}");
+        // What a server would send, if the whole text begins with it.
+        if whole.starts_with(prompt) {
+            assert_eq!(row.prompt, prompt, "{name}");
+        }
+        if let Some(spans) = case["spans"].as_array() {
+            let learnt: Vec<Value> =
+                row.learnt.iter().flatten().map(|span| json!([span.start, span.end])).collect();
+            // Here a turn ends with what the template writes behind it, whose blanks are not learnt.
+            let starts = |spans: &[Value]| spans.iter().map(|span| span[0].clone()).collect::<Vec<_>>();
+            assert_eq!(starts(&learnt), starts(spans), "{name}");
+            for (ours, theirs) in learnt.iter().zip(spans) {
+                let [ours, theirs] = [ours, theirs].map(|span| span[1].as_u64().unwrap_or(0) as usize);
+                assert_eq!(whole[theirs..ours].trim(), "", "{name}");
+            }
+        }
+    }
+    assert!(cases.len() >= 12 && split == 1, "{split}");
     Ok(())
 }
