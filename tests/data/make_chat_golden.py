@@ -205,9 +205,9 @@ def render(template, messages, tools, prompt, spans=False):
 out = []
 for name, template, messages, tools in CASES:
     text, indices = render(template, messages, tools, False, name == "tagged")
-    case = {"name": name, "template": template, "row": {"messages": messages}, "text": text}
-    if tools:
-        case["row"]["tools"] = tools
+    row = {"messages": messages, "tools": tools} if tools else {"messages": messages}
+    # As a text: the order of keys is part of what templates write.
+    case = {"name": name, "template": template, "row": json.dumps(row, ensure_ascii=False), "text": text}
     case["prompt"] = render(template, messages[:-1], tools, True)[0]
     if name == "tagged":
         of = lambda at: len(text[:at].encode())

@@ -139,7 +139,7 @@ fn conversations_are_the_texts_that_transformers_renders() -> Outcome {
         let text = |name: &str| case[name].as_str().ok_or("a text");
         let (name, whole, prompt) = (text("name")?, text("text")?, text("prompt")?);
         let template = ChatTemplate::parse(text("template")?, Path::new(name), &tokens)?;
-        let read = chat::read_from(case["row"].to_string().as_bytes(), Path::new(name), &template)?;
+        let read = chat::read_from(text("row")?.as_bytes(), Path::new(name), &template)?;
         split += read.split;
         let row = read.rows.last().ok_or("a row")?;
         assert_eq!(format!("{}{}", row.prompt, row.answer), whole, "{name}");

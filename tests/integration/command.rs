@@ -290,6 +290,7 @@ fn a_run_leaves_a_posterior_with_which_others_predict_in_the_linearised_model() 
         assert!((row["linearised"][0].as_f64().ok_or("a probability")? - p).abs() < 1e-5, "{row} {line}");
     }
     // A run without the option leaves none, also in the same folder.
+    fs::remove_dir_all(home.out("run").join("checkpoints"))?;
     home.run("run", "--method monteclora --rank 2")?;
     let error = said(predict("--linearised")?).unwrap_err().to_string();
     assert!(error.contains("linearised.json"), "{error}");
