@@ -151,15 +151,14 @@ TAGGED = """{% for message in messages %}{{ '<|im_start|>' ~ message.role ~ '\\n
 FEATURES = """{% macro turn(m, n=1) -%}
   [{{ n }}:{{ m.role | upper }}:{{ m.content | replace('a', 'A') | trim }}]
 {%- endmacro %}
-{% for m in messages if m.role != 'system' %}
-  {{- turn(m, loop.index) }}{{ ', ' if not loop.last }}
-{% else %}none{% endfor %}
-{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join('|') }}
-{% for key, value in messages[-1].items() %}{{ key }}={{ value.split(' ')[-1] }};{% endfor %}
-{{ messages[0].get('nothing', 'else') }} {{ 'a' in messages[0].content }} {{ messages[-1]['content'][:3] }}
-{{ {'b': [1, 2.5, none, true], 'a': 'é<&>"'} | tojson }}
-{{ messages | length - 1 }} {{ 7 // 2 }} {{ -7 % 3 }} {{ '%d' | string }}
-{% if add_generation_prompt %}>{% endif %}"""
+{% for m in messages if m.role != 'tool' %}
+  {{- turn(m, loop.index) }}{{ ', ' if loop.index0 }}
+  {{ messages[:loop.index] | selectattr('role', 'equalto', 'user') | map(attribute='content') | join('|') }}
+  {% for key, value in m.items() %}{{ key }}={{ value.split(' ')[-1] }};{% endfor %}
+  {{ m.get('nothing', 'else') }} {{ 'a' in m.content }} {{ m['content'][:3] }} {{ m.content[::-1] | length }}
+  {{ {'b': [1, 2.5, none, true], 'a': 'é<&>"'} | tojson }} {{ [] | tojson(indent=2) }}
+  {{ 7 // 2 }} {{ -7 % 3 }} {{ 1.0 }} {{ m.content is string }} {{ not m.name }} {{ m.name is defined and m.name }}
+{% endfor %}"""
 
 
 def turn(role, content, **more):
