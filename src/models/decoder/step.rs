@@ -38,8 +38,8 @@ impl Packed {
             return Ok(None);
         }
         let real = Rows::of_mask(mask)?;
-        // With less than a tenth of padding, the copies cost as much as they save.
-        if real.count() == 0 || real.count() > real.total() * 9 / 10 {
+        // With less than a fifth of padding, the copies take more memory than they save, for a tenth of the time.
+        if real.count() == 0 || real.count() > real.total() * 4 / 5 {
             return Ok(None);
         }
         let real = Rows::new(real.places().to_vec(), real.total(), device)?;
