@@ -1,11 +1,11 @@
 //! Reads the tokens that end a text from the two files in which a model may list them.
 
-use std::collections::BTreeMap;
-
 use candle_transformers::models::llama::LlamaEosToks;
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::models::chat_template::token_text;
 use crate::models::decoder::DecoderConfig;
 use crate::models::hub::ModelFiles;
 use crate::util::json;
@@ -55,36 +55,19 @@ fn put_first(ends: &mut [u32], of_tokenizer: Option<u32>) {
 
 /// The id of the end token in `tokenizer_config.json`, if it has both its text and the ids of added tokens.
 fn end_of_tokenizer(files: &ModelFiles) -> Result<Option<u32>> {
-    #[derive(Deserialize)]
-    struct Added {
-        content: String,
-    }
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Named {
-        Text(String),
-        Token(Added),
-    }
-    #[derive(Deserialize)]
-    struct OfTokenizer {
-        eos_token: Option<Named>,
-        #[serde(default)]
-        added_tokens_decoder: BTreeMap<String, Added>,
-    }
     let Some(path) = files.file("tokenizer_config.json")? else { return Ok(None) };
     // A tokenizer's file may have any other form; then its end token is not known.
-    let Ok(found) = json::parse::<OfTokenizer>(json::read_config(&path)?, &path) else { return Ok(None) };
-    let Some(Named::Text(end) | Named::Token(Added { content: end })) = found.eos_token else {
-        return Ok(None);
-    };
-    let id = found.added_tokens_decoder.iter().find(|(_, added)| added.content == end);
+    let Ok(settings) = json::parse::<Value>(json::read_config(&path)?, &path) else { return Ok(None) };
+    let Some(end) = token_text(&settings["eos_token"]) else { return Ok(None) };
+    let added = settings["added_tokens_decoder"].as_object().into_iter().flatten();
+    let id = added.into_iter().find(|(_, token)| token_text(token) == Some(end));
     Ok(id.and_then(|(id, _)| id.parse().ok()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::{json, Value};
+    use serde_json::json;
 
     fn toy() -> Value {
         json!({

@@ -6,7 +6,7 @@ use std::path::Path;
 use candle_core::{DType, Device};
 use monteclora::bayes::LinearisedClassifier;
 use monteclora::data::batch::Batcher;
-use monteclora::data::table::{Columns, DataSet};
+use monteclora::data::table::DataSet;
 use monteclora::inject::Targets;
 use monteclora::metrics::entropy;
 use monteclora::models::hub::ModelFiles;
@@ -16,15 +16,7 @@ use monteclora::{MonteCLoRAConfig, Noise, Pass};
 use serde_json::{json, Value};
 
 use crate::support::Outcome;
-
-/// The path of a bundled file.
-fn asset(name: &str) -> String {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets").join(name).display().to_string()
-}
-
-fn topics() -> Outcome<DataSet> {
-    Ok(DataSet::read(asset("topics/topics.csv"), &Columns::default(), None)?.hold_out(0.25, Noise::new(3))?)
-}
+use crate::tables::{asset, topics};
 
 /// A classifier that is trained a little on the topics, with its layers recomputed in backward passes.
 fn trained(data: &DataSet) -> Outcome<Classifier> {

@@ -21,11 +21,11 @@ use crate::support::{skipped, Outcome};
 const MAX_LENGTH: usize = 24;
 
 /// The path of a bundled file, which the published package does not have.
-fn asset(name: &str) -> String {
+pub fn asset(name: &str) -> String {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets").join(name).display().to_string()
 }
 
-fn topics() -> Outcome<DataSet> {
+pub fn topics() -> Outcome<DataSet> {
     Ok(DataSet::read(asset("topics/topics.csv"), &Columns::default(), None)?.hold_out(0.25, Noise::new(3))?)
 }
 
