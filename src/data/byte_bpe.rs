@@ -10,7 +10,7 @@ use serde_json::{json, Map, Value};
 
 use crate::error::{Error, Result};
 use crate::models::hub::ModelFiles;
-use crate::util::json;
+use crate::util::json::{self, token_text};
 
 /// How to make a `tokenizer.json` from files that this crate does not read; part of error messages.
 pub(super) const CONVERT: &str = "convert it once, in Python, by \
@@ -59,7 +59,8 @@ pub(super) fn tokenizer_json(files: &ModelFiles, vocab: &Path, merges: &Path) ->
         };
         Some(name.to_string())
     };
-    let special = |role: &str| settings.get(role).and_then(content).or_else(|| default(role));
+    let named = |role: &str| settings.get(role).and_then(token_text).map(str::to_string);
+    let special = |role: &str| named(role).or_else(|| default(role));
     let mut added: BTreeMap<u32, Value> = BTreeMap::new();
     for (role, name) in ROLES.iter().filter_map(|role| Some((*role, special(role)?))) {
         if let Some(id) = vocabulary.get(&name) {
@@ -72,7 +73,7 @@ pub(super) fn tokenizer_json(files: &ModelFiles, vocab: &Path, merges: &Path) ->
     added.extend(more.into_iter().map(|(name, id)| (id, token(id, &name, false, false))));
     for (id, fields) in settings.get("added_tokens_decoder").and_then(Value::as_object).into_iter().flatten()
     {
-        if let (Ok(id), Some(name)) = (id.parse::<u32>(), content(fields)) {
+        if let (Ok(id), Some(name)) = (id.parse::<u32>(), token_text(fields).map(str::to_string)) {
             let is = |field: &str| fields[field] == json!(true);
             added.insert(id, token(id, &name, is("lstrip"), is("special")));
         }
@@ -131,11 +132,6 @@ fn pairs(path: &Path) -> Result<Vec<[String; 2]>> {
 fn token(id: u32, content: &str, lstrip: bool, special: bool) -> Value {
     json!({ "id": id, "content": content, "single_word": false, "lstrip": lstrip, "rstrip": false,
         "normalized": !special, "special": special })
-}
-
-/// The text of a token, given as a string or as the `content` of an object.
-pub(super) fn content(value: &Value) -> Option<String> {
-    value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)
 }
 
 fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {

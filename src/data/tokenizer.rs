@@ -14,7 +14,7 @@ use super::byte_bpe;
 use crate::error::{Error, Result};
 use crate::models::hub::ModelFiles;
 use crate::models::post_processor::template;
-use crate::util::json;
+use crate::util::json::{self, token_text};
 
 /// Maximum length in bytes of an entry of the vocabulary. The crate's Unigram model has a node for each byte,
 /// nested in that of the byte before, and clones and drops them recursively: some thousand bytes overflow a
@@ -92,7 +92,9 @@ fn with_ends(mut tokenizer: Tokenizer, files: &ModelFiles, path: &Path) -> Resul
         if !settings.get(asked).and_then(Value::as_bool).unwrap_or(role == "bos_token") {
             return Ok(None);
         }
-        let Some(name) = settings.get(role).and_then(byte_bpe::content) else { return Ok(None) };
+        let Some(name) = settings.get(role).and_then(token_text).map(str::to_string) else {
+            return Ok(None);
+        };
         match tokenizer.token_to_id(&name) {
             Some(id) => Ok(Some((name, id as usize))),
             None => Err(Error::format(path, format!("{role} {name:?} is not in the vocabulary"))),

@@ -78,7 +78,7 @@ pub(crate) fn special_tokens(files: &ModelFiles) -> Result<BTreeMap<String, Stri
     for name in ["tokenizer_config.json", "special_tokens_map.json"] {
         let Some((_, settings)) = read(files, name)? else { continue };
         for role in SPECIAL_TOKENS {
-            if let Some(text) = token_text(&settings[role]).filter(|_| !tokens.contains_key(role)) {
+            if let Some(text) = json::token_text(&settings[role]).filter(|_| !tokens.contains_key(role)) {
                 tokens.insert(role.to_string(), text.to_string());
             }
         }
@@ -95,11 +95,6 @@ pub(crate) fn special_tokens(files: &ModelFiles) -> Result<BTreeMap<String, Stri
         }
     }
     Ok(tokens)
-}
-
-/// The text of a token in a tokenizer's settings: a string, or an object with it.
-pub(crate) fn token_text(token: &Value) -> Option<&str> {
-    token.as_str().or(token["content"].as_str())
 }
 
 /// The JSON file of this name, and its path.

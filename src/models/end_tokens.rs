@@ -5,7 +5,6 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::models::chat_template::token_text;
 use crate::models::decoder::DecoderConfig;
 use crate::models::hub::ModelFiles;
 use crate::util::json;
@@ -58,9 +57,9 @@ fn end_of_tokenizer(files: &ModelFiles) -> Result<Option<u32>> {
     let Some(path) = files.file("tokenizer_config.json")? else { return Ok(None) };
     // A tokenizer's file may have any other form; then its end token is not known.
     let Ok(settings) = json::parse::<Value>(json::read_config(&path)?, &path) else { return Ok(None) };
-    let Some(end) = token_text(&settings["eos_token"]) else { return Ok(None) };
+    let Some(end) = json::token_text(&settings["eos_token"]) else { return Ok(None) };
     let added = settings["added_tokens_decoder"].as_object().into_iter().flatten();
-    let id = added.into_iter().find(|(_, token)| token_text(token) == Some(end));
+    let id = added.into_iter().find(|(_, token)| json::token_text(token) == Some(end));
     Ok(id.and_then(|(id, _)| id.parse().ok()))
 }
 

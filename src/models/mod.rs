@@ -18,6 +18,7 @@ pub mod gguf;
 pub mod hub;
 pub(crate) mod layers;
 pub mod modernbert;
+pub(crate) mod packed;
 mod placement;
 pub(crate) mod post_processor;
 mod quantize;

@@ -48,6 +48,12 @@ pub(crate) fn parse_config<T: DeserializeOwned>(
     serde_json::from_value(config).map_err(|error| Error::format(path, format!("malformed: {error}")))
 }
 
+/// The text of a token in a tokenizer's settings: a string, or an object with it.
+#[cfg_attr(not(feature = "models"), allow(dead_code))]
+pub(crate) fn token_text(token: &Value) -> Option<&str> {
+    token.as_str().or(token["content"].as_str())
+}
+
 /// Removes fields that are null from an object, and from the objects in its fields `inner`.
 pub(crate) fn drop_nulls(config: &mut Value, inner: &[&str]) {
     let Some(fields) = config.as_object_mut() else { return };

@@ -76,10 +76,8 @@ impl Attention {
         cache: Option<&mut KvCache>,
     ) -> candle_core::Result<Tensor> {
         let [mut q, mut k, mut v] = self.qkv.forward(xs, &step.cx)?; // (b, t, heads * dim) each, or packed
-        if let Some(packed) = &step.packed {
-            let pad = |xs| packed.pad(xs, step.cx.path);
-            (q, k, v) = (pad(&q)?, pad(&k)?, pad(&v)?);
-        }
+        let pad = |xs| step.batch.pad(xs, step.cx.path);
+        (q, k, v) = (pad(q)?, pad(k)?, pad(v)?);
         let [q_norm, k_norm] = match &self.norms {
             Some([q, k]) => [Some(q), Some(k)],
             None => [None, None],
@@ -94,11 +92,8 @@ impl Attention {
         let dropout = self.probs_dropout.active(&step.cx);
         let (heads, kv_heads) = (self.heads, self.kv_heads);
         let path = step.cx.path;
-        let mut context = ops::attention(&q, &k, &v, heads, kv_heads, self.scores, &mask, dropout, path)?;
-        if let Some(packed) = &step.packed {
-            context = packed.pack(&context, path)?;
-        }
-        self.o_proj.forward(&context, &step.cx)
+        let context = ops::attention(&q, &k, &v, heads, kv_heads, self.scores, &mask, dropout, path)?;
+        self.o_proj.forward(&step.batch.pack(context, path)?, &step.cx)
     }
 
     /// Normalises each head of `xs` (b, t, heads * dim) with `norm` and rotates it by `angles`, where given.

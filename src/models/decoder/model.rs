@@ -7,11 +7,12 @@ use candle_nn::Init;
 
 use super::config::DecoderConfig;
 use super::layer::Layer;
-use super::step::{Packed, Step, Tables};
+use super::step::{Step, Tables};
 use crate::adapter::{linears, AdaptableEmbedding, AdaptableModel, Context, Pass};
 use crate::error::{Error, Result};
 use crate::models::causal::Cache;
 use crate::models::layers::rms_norm;
+use crate::models::packed::PackedBatch;
 use crate::models::{Placement, Weights};
 use crate::noise::Noise;
 use crate::ops::{self, CausalMask, Mask, RmsNorm, Weight, Window};
@@ -106,7 +107,7 @@ impl Decoder {
         mut cache: Option<&mut Cache>,
         cx: &Context,
     ) -> candle_core::Result<Tensor> {
-        let (cx, (_, t)) = (&*cx.of_one_pass(), input_ids.dims2()?);
+        let (cx, (b, t)) = (&*cx.of_one_pass(), input_ids.dims2()?);
         let seen = cache.as_ref().map_or(0, |cache| cache.length());
         // Virtual tokens precede only the beginning of a row, not its continuations.
         let p = if seen == 0 { self.embeddings.virtual_tokens() } else { 0 };
@@ -118,7 +119,7 @@ impl Decoder {
             check_first_tokens(attention_mask)?;
         }
         // A new batch without virtual tokens is packed to its real tokens between attentions.
-        let packs = cache.is_none() && p == 0 && attention_mask.dims() == input_ids.dims();
+        let packs = cache.is_none() && p == 0;
         let mask = &ops::carry(attention_mask, self.device())?;
         let place = |rows| self.embeddings.after_padding(rows, mask);
         let padding = place(self.embeddings.extend_mask(mask)?)?;
@@ -127,18 +128,19 @@ impl Decoder {
             let ((tables, causal), device) = (&self.shared[place], self.placement.device(place));
             let padding = ops::carry(&padding, device)?;
             let mask = Mask { padding: Some(padding), causal: Some(causal.clone()), window: None };
-            let packed = packs.then(|| Packed::new(attention_mask, device)).transpose()?.flatten();
-            Ok(Step { mask, angles: tables.angles(seen, p + t, room)?, packed, cx: cx.clone() })
+            let batch = match packs {
+                true => PackedBatch::of_decoder((b, t), attention_mask, device)?,
+                false => PackedBatch::whole((b, p + t), attention_mask),
+            };
+            Ok(Step { mask, angles: tables.angles(seen, p + t, room)?, batch, cx: cx.clone() })
         };
         let (mut at, mut step) = (0, step_at(0)?);
         let mut xs = match seen {
             0 => place(self.embeddings.forward(input_ids, cx.path)?)?, // (b, p + t, d)
             _ => self.embeddings.lookup(input_ids, cx.path)?,          // (b, t, d)
         };
-        let packed = step.packed.clone();
-        if let Some(packed) = &packed {
-            xs = packed.pack(&xs, cx.path)?; // (n, d)
-        }
+        let batch = step.batch.clone();
+        xs = batch.pack(xs, cx.path)?; // (n, d), if it is packed
         for (i, layer) in self.layers.iter().enumerate() {
             let cached = cache.as_mut().and_then(|cache| cache.layer(i));
             let own = self.placement.place_of(i);
@@ -158,10 +160,7 @@ impl Decoder {
         // All real tokens are in the last t columns: virtual tokens only change places with left padding.
         let xs = if p > 0 { xs.narrow(1, p, t)? } else { xs };
         let xs = self.norm.forward_on(&self.placement.carry(&xs, at, 0)?, cx.path)?;
-        match packed {
-            Some(packed) => packed.pad(&xs, cx.path),
-            None => Ok(xs),
-        }
+        batch.pad(xs, cx.path)
     }
 
     /// Returns an empty cache for this decoder, with room for `capacity` tokens per row.

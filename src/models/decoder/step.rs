@@ -1,13 +1,14 @@
 //! The state that all layers share during one forward pass.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 
 use super::config::DecoderConfig;
 use super::positions::Positions;
 use super::rotary::{Angles, Rotary};
 use crate::adapter::Context;
 use crate::error::Error;
-use crate::ops::{Mask, OpPath, Rows};
+use crate::models::packed::PackedBatch;
+use crate::ops::Mask;
 
 /// The state that all layers share during one forward pass.
 #[derive(Clone)]
@@ -15,53 +16,9 @@ pub(super) struct Step {
     /// Padding and causal mask; each layer adds its own window.
     pub mask: Mask,
     pub angles: AllAngles,
-    /// The layout between the layers, if the batch is packed there.
-    pub packed: Option<Packed>,
+    /// The layout between attentions.
+    pub batch: PackedBatch,
     pub cx: Context,
-}
-
-/// A batch of `(b, t)` tokens that is packed to its real tokens outside attention.
-#[derive(Clone)]
-pub(super) struct Packed {
-    shape: (usize, usize),
-    real: Rows,
-}
-
-impl Packed {
-    /// The layout of a batch with this attention mask `(b, t)`, whose hidden states are on `device`; `None` if
-    /// the mask is not on the host, where reading it would stall a device, or if too little is padding.
-    ///
-    /// # Errors
-    /// If the mask cannot be read.
-    pub fn new(mask: &Tensor, device: &Device) -> candle_core::Result<Option<Self>> {
-        if !mask.device().is_cpu() {
-            return Ok(None);
-        }
-        let real = Rows::of_mask(mask)?;
-        // With less than a fifth of padding, the copies take more memory than they save, for a tenth of the time.
-        if real.count() == 0 || real.count() > real.total() * 4 / 5 {
-            return Ok(None);
-        }
-        let real = Rows::new(real.places().to_vec(), real.total(), device)?;
-        Ok(Some(Self { shape: mask.dims2()?, real }))
-    }
-
-    /// Packs `(b, t, d)` to `(n, d)`.
-    ///
-    /// # Errors
-    /// If the shape is not the batch's.
-    pub fn pack(&self, xs: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
-        self.real.take(xs, path)
-    }
-
-    /// Unpacks `(n, d)` to `(b, t, d)`, zero on padding.
-    ///
-    /// # Errors
-    /// If the shape is not the packed batch's.
-    pub fn pad(&self, xs: &Tensor, path: OpPath) -> candle_core::Result<Tensor> {
-        let (b, t) = self.shape;
-        self.real.put(xs, path)?.reshape((b, t, ()))
-    }
 }
 
 /// The rotary angles of the new tokens, for each kind of positions.

@@ -3,10 +3,10 @@
 use candle_core::{DType, Tensor, D};
 use candle_nn::Init;
 
-use super::packed::PackedBatch;
 use crate::adapter::{AdaptableEmbedding, Context};
 use crate::error::Result;
 use crate::models::layers::Dropout;
+use crate::models::packed::PackedBatch;
 use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::{self, LayerNorm};

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use candle_core::{Tensor, D};
 
-use super::packed::PackedBatch;
 use super::relative::RelativePositions;
 use super::stack::Block;
 use crate::adapter::{linears, AdaptableLinear, AdaptableModel, Context};
 use crate::error::Result;
 use crate::models::layers::{adaptable_linear, parameters, Dropout};
+use crate::models::packed::PackedBatch;
 use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::{self, LayerNorm};

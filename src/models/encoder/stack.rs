@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::packed::PackedBatch;
 use crate::adapter::{linears, AdaptableModel, Context, Pass};
 use crate::error::Result;
+use crate::models::packed::PackedBatch;
 use crate::ops;
 
 /// One layer of an encoder.

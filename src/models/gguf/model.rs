@@ -14,6 +14,7 @@ use super::tokenizer::tokenizer_metadata;
 use super::value::Value;
 use super::write::{write, Entry};
 use crate::error::{Error, Result};
+use crate::util::json::token_text;
 
 /// The files in a model's folder that define its tokenizer and chat template.
 #[derive(Debug, Clone, Default)]
@@ -146,7 +147,7 @@ fn describe_texts(
     for (name, key) in
         [("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token"), ("unknown", "unk_token")]
     {
-        let named = settings[key].as_str().or(settings[key]["content"].as_str()).and_then(id_of);
+        let named = token_text(&settings[key]).and_then(id_of);
         let listed = &config[format!("{key}_id")];
         let listed = listed.as_u64().or(listed[0].as_u64());
         ids.extend(named.or(listed).map(|id| (format!("tokenizer.ggml.{name}_token_id"), id)));

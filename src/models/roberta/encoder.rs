@@ -6,9 +6,10 @@ use super::config::{Family, RobertaConfig};
 use crate::adapter::{linears, AdaptableEmbedding, AdaptableLinear, AdaptableModel, Context};
 use crate::error::Result;
 use crate::models::encoder::{
-    Embeddings, EmbeddingsShape, LayerNames, LayerShape, PackedBatch, PositionIds, PostNormLayer, Stack,
+    Embeddings, EmbeddingsShape, LayerNames, LayerShape, PositionIds, PostNormLayer, Stack,
 };
 use crate::models::layers::adaptable_linear;
+use crate::models::packed::PackedBatch;
 use crate::models::Weights;
 use crate::noise::Noise;
 use crate::ops::{LayerNorm, Weight};

@@ -1,10 +1,10 @@
-//! Batches between the layers of an encoder, packed to their real tokens if that saves enough.
+//! Batches between the layers of a model, packed to their real tokens if that saves enough.
 
 use candle_core::{Device, Tensor};
 
 use crate::ops::{Mask, OpPath, Rows};
 
-/// The layout of a batch between the layers of an encoder.
+/// The layout of a batch between the layers of a model.
 #[derive(Debug, Clone)]
 pub struct PackedBatch {
     shape: (usize, usize), // (b, t)
@@ -15,22 +15,38 @@ pub struct PackedBatch {
 }
 
 impl PackedBatch {
-    /// The layout of a batch of `shape` (b, t) with its attention mask (b, t), 1 on real tokens.
+    /// The layout of a batch of `shape` (b, t) in an encoder, with its attention mask (b, t), 1 on real tokens.
     ///
     /// # Errors
     /// If the mask cannot be read.
     pub fn new(shape: (usize, usize), attention_mask: &Tensor) -> candle_core::Result<Self> {
-        let mut real = None;
-        // On a GPU, reading the mask would stall the device.
-        if attention_mask.device().is_cpu() && attention_mask.dims() == [shape.0, shape.1] {
-            let rows = Rows::of_mask(attention_mask)?;
-            let has_first_tokens =
-                (0..shape.0).all(|row| rows.places().binary_search(&((row * shape.1) as u32)).is_ok());
-            // With less than a tenth of padding, the copies cost as much as they save.
-            let saves = (1..=rows.total() * 9 / 10).contains(&rows.count());
-            real = Some(rows).filter(|_| saves && has_first_tokens);
-        }
-        Ok(Self { shape, padding: attention_mask.clone(), real, only: None })
+        let has_first_tokens = |rows: &Rows| {
+            (0..shape.0).all(|row| rows.places().binary_search(&((row * shape.1) as u32)).is_ok())
+        };
+        // With less than a tenth of padding, the copies cost as much as they save.
+        let real = real_tokens(shape, attention_mask, 9)?.filter(has_first_tokens);
+        Ok(Self { real, ..Self::whole(shape, attention_mask) })
+    }
+
+    /// The layout of a batch of `shape` (b, t) in a decoder, whose hidden states are on `device`.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn of_decoder(
+        shape: (usize, usize),
+        attention_mask: &Tensor,
+        device: &Device,
+    ) -> candle_core::Result<Self> {
+        // With less than a fifth of padding, the copies take more memory than they save, for a tenth of the
+        // time.
+        let real = real_tokens(shape, attention_mask, 8)?;
+        let there = |real: Rows| Rows::new(real.places().to_vec(), real.total(), device);
+        Ok(Self { real: real.map(there).transpose()?, ..Self::whole(shape, attention_mask) })
+    }
+
+    /// The layout of a batch that is not packed.
+    pub fn whole(shape: (usize, usize), attention_mask: &Tensor) -> Self {
+        Self { shape, padding: attention_mask.clone(), real: None, only: None }
     }
 
     /// The same batch for a layer that has to compute only the first token of each row.
@@ -108,4 +124,15 @@ impl PackedBatch {
         let (b, t) = self.shape;
         real.put(&xs, path)?.reshape((b, t, ()))
     }
+}
+
+/// The real tokens of a batch, if they are at most so many tenths of all. `None` for a mask that is not on the host,
+/// where reading it would stall a device.
+fn real_tokens(shape: (usize, usize), mask: &Tensor, tenths: usize) -> candle_core::Result<Option<Rows>> {
+    if !mask.device().is_cpu() || mask.dims() != [shape.0, shape.1] {
+        return Ok(None);
+    }
+    let rows = Rows::of_mask(mask)?;
+    let saves = rows.count() > 0 && 10 * rows.count() <= tenths * rows.total();
+    Ok(Some(rows).filter(|_| saves))
 }
