@@ -1,12 +1,12 @@
 //! Multiple choice by the likelihood of each answer, or by the choice name in a generated text.
 
+use super::likelihood::{likelihoods, Answered};
 use crate::adapter::{Context, DrawCache, Pass};
-use crate::data::causal::{CausalBatch, Encodings, PromptEncoder, Tokens};
+use crate::data::causal::{Encodings, PromptEncoder, Tokens};
 use crate::data::instruct::{Choices, Prompted};
 use crate::error::{Error, Result};
 use crate::metrics::{softmax, Metrics};
 use crate::models::causal::CausalLm;
-use crate::predict::token_log_probabilities;
 use crate::util::check::at_least_one;
 
 /// What the log-likelihood of an answer is divided by, so that long answers are not at a disadvantage.
@@ -88,15 +88,16 @@ pub(super) fn scores_with(
     let Candidates { questions, texts: candidates, encoded } = candidates(encoder, rows)?;
     let width = questions.iter().map(|choices| choices.answers.len()).max().unwrap_or(0);
     let mut probabilities = vec![vec![0.0; width]; questions.len()];
+    let answered = Answered::each(&encoded.rows, questions.iter().map(|choices| choices.answers.len()));
     for pass in passes {
         let cx = Context::from(*pass).with_draws(draws);
-        let scores = likelihoods(model, &encoded.rows, batch_size, &cx)?;
-        let mut at = 0;
-        for (sums, choices) in probabilities.iter_mut().zip(&questions) {
-            let own: Vec<f64> = (at..at + choices.answers.len())
-                .map(|i| scores[i] / normalize.length(&candidates[i].answer, encoded.rows[i].targets()))
-                .collect();
-            at += own.len();
+        let scores = likelihoods(model, &answered, batch_size, &cx)?;
+        let mut texts = candidates.iter().zip(&encoded.rows);
+        for (sums, own) in probabilities.iter_mut().zip(&scores) {
+            let of_length = |(score, (text, tokens)): (&f64, (&Prompted, &Tokens))| {
+                score / normalize.length(&text.answer, tokens.targets())
+            };
+            let own: Vec<f64> = own.iter().zip(texts.by_ref()).map(of_length).collect();
             sums.iter_mut().zip(softmax(&own)).for_each(|(sum, p)| *sum += p / passes.len() as f64);
         }
     }
@@ -166,22 +167,6 @@ fn unfit(encoder: &PromptEncoder, candidates: &[Prompted], counts: &[usize]) -> 
         }
     }
     Ok(Error::config("max_length", "an answer does not fit"))
-}
-
-/// Returns the log-likelihood of the answer tokens of each row.
-fn likelihoods(model: &dyn CausalLm, rows: &[Tokens], batch_size: usize, cx: &Context) -> Result<Vec<f64>> {
-    let mut sums = Vec::with_capacity(rows.len());
-    for chunk in rows.chunks(batch_size) {
-        let batch = CausalBatch::collate(&chunk.iter().collect::<Vec<_>>(), 0, model.device())?;
-        let logs = token_log_probabilities(model, &batch, std::slice::from_ref(cx))?;
-        let mut rest = logs.as_slice();
-        for count in &batch.counts {
-            let (own, others) = rest.split_at(*count);
-            sums.push(own.iter().sum());
-            rest = others;
-        }
-    }
-    Ok(sums)
 }
 
 /// Returns the index of the choice whose name comes first in a generated text, as the paper's authors extract

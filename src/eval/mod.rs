@@ -6,6 +6,7 @@ pub mod code;
 mod extract;
 mod generated;
 pub mod gsm8k;
+mod likelihood;
 pub mod sandbox;
 
 pub use benchmark::Benchmark;

@@ -27,10 +27,23 @@ impl Cache {
     /// # Errors
     /// If candle fails.
     pub fn fork(&self) -> candle_core::Result<Self> {
+        self.copied(|all| all.contiguous())
+    }
+
+    /// Returns a cache whose row `i` is a copy of row `rows[i]` of this one, to continue prompts in several ways
+    /// together.
+    ///
+    /// # Errors
+    /// If a row is not there, or candle fails.
+    pub fn fork_rows(&self, rows: &[u32]) -> candle_core::Result<Self> {
+        self.copied(|all| all.contiguous()?.index_select(&Tensor::new(rows, all.device())?, 0))
+    }
+
+    fn copied(&self, copy: impl Fn(Tensor) -> candle_core::Result<Tensor>) -> candle_core::Result<Self> {
         let mut fork = Self::new(self.layers.len(), self.room.max(self.length()));
         for (own, layer) in fork.layers.iter_mut().zip(&self.layers) {
             if let (Some(k), Some(v)) = (layer.k()?, layer.v()?) {
-                own.append(&k.contiguous()?, &v.contiguous()?)?;
+                own.append(&copy(k)?, &copy(v)?)?;
             }
         }
         Ok(Self { room: self.room, ..fork })
@@ -50,6 +63,17 @@ impl Cache {
     pub(crate) fn layer(&mut self, index: usize) -> Option<&mut KvCache> {
         self.layers.get_mut(index)
     }
+}
+
+/// Pads prompts on the left with token 0 to the longest of them, as a cache needs them to go on together, and
+/// returns them with their mask: 1 on real tokens.
+pub(crate) fn padded_left(prompts: &[&[u32]]) -> (Vec<Vec<u32>>, Vec<Vec<u8>>) {
+    let longest = prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(0);
+    let padded = |prompt: &&[u32]| {
+        let padding = longest - prompt.len();
+        ([&vec![0; padding], *prompt].concat(), [vec![0; padding], vec![1; prompt.len()]].concat())
+    };
+    prompts.iter().map(padded).unzip()
 }
 
 /// A decoder with a language-model head. It can be shared between threads, each with its own cache.
@@ -151,6 +175,21 @@ mod tests {
         assert_eq!(add(&mut cache, 3.0, 2)?, [1.0, 1.0, 1.0, 3.0, 3.0]);
         assert_eq!(add(&mut fork, 4.0, 1)?, [1.0, 1.0, 1.0, 2.0, 4.0]);
         assert!(Cache::new(2, 4).fork()?.length() == 0);
+        Ok(())
+    }
+
+    #[test]
+    fn forked_rows_are_copies_of_the_rows_named() -> candle_core::Result<()> {
+        let mut cache = Cache::new(1, 4);
+        let keys = Tensor::new(&[[[1f32], [2.0]], [[3.0], [4.0]]], &Device::Cpu)?; // (2, 2, 1)
+        cache.layer(0).expect("a layer").append(&keys, &keys.neg()?)?;
+        let mut fork = cache.fork_rows(&[1, 0, 1])?;
+        let more = Tensor::new(&[[[5f32]], [[6.0]], [[7.0]]], &Device::Cpu)?;
+        let (k, v) = fork.layer(0).expect("a layer").append(&more, &more.neg()?)?;
+        assert_eq!(k.squeeze(2)?.to_vec2::<f32>()?, [[3.0, 4.0, 5.0], [1.0, 2.0, 6.0], [3.0, 4.0, 7.0]]);
+        assert_eq!((k + v)?.abs()?.max_all()?.to_scalar::<f32>()?, 0.0);
+        assert_eq!((fork.length(), fork.room(), cache.length()), (3, 4, 2));
+        assert!(cache.fork_rows(&[2]).is_err());
         Ok(())
     }
 }

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use crate::adapter::{Context, DrawCache, Pass};
 use crate::error::{Error, Result};
-use crate::models::causal::{Cache, CausalLm};
+use crate::models::causal::{padded_left, Cache, CausalLm};
 use crate::noise::{Noise, Purpose, Stream};
 use crate::special::softmax;
 use crate::util::check::positive;
@@ -208,8 +208,7 @@ impl Continuation {
         steps: usize,
         config: &GenerateConfig,
     ) -> Self {
-        let padded = |prompt: &Vec<u32>| [vec![0; longest - prompt.len()], prompt.clone()].concat();
-        let real = |prompt: &Vec<u32>| [vec![0; longest - prompt.len()], vec![1; prompt.len()]].concat();
+        let (tokens, mask) = padded_left(&prompts.iter().map(Vec::as_slice).collect::<Vec<_>>());
         let noise = Noise::new(config.seed);
         let choices = |row: usize| {
             let row = config.first_row.wrapping_add(row as u64);
@@ -219,8 +218,8 @@ impl Continuation {
         let context =
             |pass| (Context::from(pass).with_draws(&draws).only_to_predict(), model.cache(longest + steps));
         Self {
-            tokens: prompts.iter().map(padded).collect(),
-            mask: prompts.iter().map(real).collect(),
+            tokens,
+            mask,
             contexts: config.weights.passes().into_iter().map(context).collect(),
             choices: (0..prompts.len()).map(choices).collect(),
         }

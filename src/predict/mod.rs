@@ -10,4 +10,5 @@ pub use prediction::Prediction;
 pub(crate) use predictor::RunningMean;
 pub use predictor::{logits, posterior_draws, posterior_probabilities, posterior_scores, Predictor};
 pub use submission::Submission;
+pub(crate) use tokens::target_log_probabilities;
 pub use tokens::token_log_probabilities;

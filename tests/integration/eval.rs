@@ -20,7 +20,7 @@ use tokenizers::models::wordlevel::WordLevel;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{SplitDelimiterBehavior, Tokenizer};
 
-use crate::llama::{frozen, toy_config};
+use crate::llama::{frozen, prompted, toy_config};
 use crate::support::{scatter, skipped, Outcome};
 
 /// A model whose tokens are letters.
@@ -64,24 +64,55 @@ fn letters() -> Outcome<Tokenizer> {
     Ok(tokenizer)
 }
 
+/// The log-probability of an answer after a prompt, both of single letters, by the logits of the whole text.
+fn likelihood(model: &DecoderForCausalLM, prompt: &str, answer: &str) -> Outcome<f64> {
+    let ids: Vec<u32> = format!("{prompt}{answer}").bytes().map(|c| u32::from(c - b'a') + 3).collect();
+    let mask = Tensor::ones((1, ids.len()), DType::U8, &Device::Cpu)?;
+    let ids_row = Tensor::new(ids.as_slice(), &Device::Cpu)?.unsqueeze(0)?;
+    let logits = model.logits(&ids_row, &mask, &Pass::Mean.into())?;
+    let logs = candle_nn::ops::log_softmax(&logits.squeeze(0)?, 1)?.to_vec2::<f32>()?;
+    Ok((prompt.len()..ids.len()).map(|i| f64::from(logs[i - 1][ids[i] as usize])).sum())
+}
+
+/// Prompts and answers of very different lengths, computed together, behind virtual tokens or not. In the
+/// last question, the longest prompt and the longest answer together would not fit into the model.
+#[test]
+fn a_prompt_that_is_computed_once_for_all_answers_gives_each_its_own_likelihood() -> Outcome {
+    let long = "thequickbrownfoxjumpsoverthe";
+    let rows = [
+        question("abc", &["de", "f", "ghij"], 2),
+        question(long, &["lazy", "dog"], 0),
+        question("q", &["a", "b"], 1),
+        question("abcdefg", &["h"], 0),
+        question("same", &["xxxy", "xxxz", "xxxxx"], 1),
+    ];
+    let too_long = question("xy", &["quickbrownfoxjumpsover", "a"], 0);
+    for virtual_tokens in [0, 3] {
+        let (mut model, params) = frozen(&toy_config(false)?, DType::F32)?;
+        prompted(&mut model, virtual_tokens, DType::F32)?;
+        scatter(&params)?;
+        let rows = [&rows[..], &[too_long.clone()]].concat();
+        for batch_size in [1, 2, 6, 64] {
+            let scores =
+                score_choices(&model, &encoder(35)?, &rows, batch_size, Normalize::No, &[Pass::Mean])?;
+            for (row, got) in rows.iter().zip(&scores.probabilities) {
+                let answers = &row.choices.as_ref().ok_or("choices")?.answers;
+                let by_hand = answers.iter().map(|answer| likelihood(&model, &row.prompt, answer));
+                let expected = softmax(&by_hand.collect::<Outcome<Vec<f64>>>()?);
+                let apart = expected.iter().zip(got).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+                assert!(apart < 1e-5, "{virtual_tokens}, {batch_size}: {row:?} {expected:?} {got:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn choices_are_scored_by_the_likelihood_of_their_answers() -> Outcome {
     let model = model()?;
     let rows = [question("abc", &["de", "f", "ghij"], 2), question("xy", &["a", "bcd"], 0)];
     // The score of an answer does not depend on whether training learns the prompts.
     let encoders = [encoder(20)?, PromptEncoder::new(letters()?, 20, 40, Some(2), true)?];
-    // The log-probability of an answer, computed by hand.
-    let likelihood = |prompt: &str, answer: &str| -> Outcome<f64> {
-        let ids: Vec<u32> = format!("{prompt}{answer}").chars().map(|c| c as u32 - 'a' as u32 + 3).collect();
-        let mask = Tensor::ones((1, ids.len()), DType::U8, &Device::Cpu)?;
-        let logits = model.logits(
-            &Tensor::new(ids.as_slice(), &Device::Cpu)?.unsqueeze(0)?,
-            &mask,
-            &Pass::Mean.into(),
-        )?;
-        let logs = candle_nn::ops::log_softmax(&logits.squeeze(0)?, 1)?.to_vec2::<f32>()?;
-        Ok((prompt.len()..ids.len()).map(|i| f64::from(logs[i - 1][ids[i] as usize])).sum())
-    };
     for (normalize, batch_size) in
         [(Normalize::No, 1), (Normalize::Tokens, 2), (Normalize::Characters, 3), (Normalize::Bytes, 64)]
     {
@@ -95,7 +126,7 @@ fn choices_are_scored_by_the_likelihood_of_their_answers() -> Outcome {
             let by_hand = answers.iter().map(|answer| {
                 // One letter is one token and one byte.
                 let length = if normalize == Normalize::No { 1.0 } else { answer.len() as f64 };
-                Ok(likelihood(&row.prompt, answer)? / length)
+                Ok(likelihood(&model, &row.prompt, answer)? / length)
             });
             let mut expected = softmax(&by_hand.collect::<Outcome<Vec<f64>>>()?);
             expected.resize(3, 0.0);
