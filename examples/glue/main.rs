@@ -112,6 +112,9 @@ impl Args {
         let options = all.get_arguments().map(|option| option.get_id().as_str());
         let unread: Vec<&str> = options.filter(|option| !read.contains(option)).collect();
         given.without_effect(&unread, "with --predict nothing is trained");
+        if self.linearised {
+            given.without_effect(&["posterior_samples"], "the linearised model predicts without draws");
+        }
     }
 }
 
@@ -148,7 +151,7 @@ fn run(processes: &Processes) -> Outcome {
             trained: args.method.adapter.as_deref(),
             max_length: args.max_length,
             eval_batch_size: args.eval_batch_size,
-            samples: args.posterior_samples.unwrap_or(0),
+            samples: if args.linearised { 0 } else { args.posterior_samples.unwrap_or(0) },
             linearised: args.linearised,
             dtype: common::dtype(&args.dtype)?,
             quantize: args.quantize,

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use candle_core::{DType, Device};
-use monteclora::bayes::LinearisedClassifier;
+use monteclora::bayes::TrainedClassifier;
 use monteclora::data::table::{self, Columns, Target};
 use monteclora::data::task::{Example, Task};
 use monteclora::models::hub::ModelFiles;
@@ -11,7 +11,7 @@ use monteclora::models::Quantization;
 use monteclora::predict::{Prediction, Submission};
 use monteclora::train::Classifier;
 use monteclora::util::files;
-use monteclora::{Labels, Pass};
+use monteclora::Labels;
 
 use super::rows::{tell_cut, Input, TableOptions};
 use crate::common::output::{tell, tell_err};
@@ -31,7 +31,7 @@ pub struct Request<'a> {
     pub trained: Option<&'a Path>,
     pub max_length: Option<usize>,
     pub eval_batch_size: Option<usize>,
-    /// The number of posterior draws to average; 0 for the mean.
+    /// The number of posterior draws to average; 0 for the mean, or the linearised model.
     pub samples: usize,
     /// Predict with the run's posterior of the linearised model.
     pub linearised: bool,
@@ -41,28 +41,6 @@ pub struct Request<'a> {
     pub device: &'a Device,
     /// The output folder; without it, the predictions of a table go to standard output.
     pub output: Option<&'a Path>,
-}
-
-/// What predicts.
-enum Opened {
-    Plain(Classifier),
-    Linearised(LinearisedClassifier),
-}
-
-impl Opened {
-    fn classifier(&self) -> &Classifier {
-        match self {
-            Self::Plain(classifier) => classifier,
-            Self::Linearised(linearised) => linearised.classifier(),
-        }
-    }
-
-    fn classifier_mut(&mut self) -> &mut Classifier {
-        match self {
-            Self::Plain(classifier) => classifier,
-            Self::Linearised(linearised) => linearised.classifier_mut(),
-        }
-    }
 }
 
 impl Request<'_> {
@@ -109,15 +87,12 @@ impl Request<'_> {
         Ok(())
     }
 
-    fn open(&self, base: Option<&ModelFiles>) -> Outcome<Opened> {
+    fn open(&self, base: Option<&ModelFiles>) -> Outcome<TrainedClassifier> {
         let (dtype, device) = (self.dtype, self.device);
         Ok(match (self.trained, base) {
-            (Some(dir), base) if self.linearised => {
-                Opened::Linearised(LinearisedClassifier::open(dir, base, dtype, device)?)
-            }
-            (Some(dir), base) => Opened::Plain(Classifier::open(dir, base, dtype, device)?),
+            (Some(dir), base) => TrainedClassifier::open(dir, base, self.linearised, dtype, device)?,
             (None, _) if self.linearised => return Err("--linearised: give the --adapter of a run".into()),
-            (None, Some(files)) => Opened::Plain(Classifier::of_checkpoint(files, dtype, device)?),
+            (None, Some(files)) => TrainedClassifier::Plain(Classifier::of_checkpoint(files, dtype, device)?),
             (None, None) => {
                 return Err("--predict: give the trained --adapter, or a --model with a head".into())
             }
@@ -135,18 +110,14 @@ impl Request<'_> {
         }
     }
 
-    fn predict(&self, opened: &Opened, examples: &[Example]) -> Outcome<Vec<Prediction>> {
+    fn predict(&self, opened: &TrainedClassifier, examples: &[Example]) -> Outcome<Vec<Prediction>> {
         let classifier = opened.classifier();
         tell_cut("predicted", &classifier.encode(examples)?, classifier.max_length());
-        Ok(match (opened, self.samples) {
-            (Opened::Linearised(linearised), _) => linearised.predict(examples)?,
-            (Opened::Plain(_), 0) => classifier.predict(examples, &Pass::Mean)?,
-            (Opened::Plain(_), samples) => classifier.predict_averaged(examples, samples)?,
-        })
+        Ok(opened.predict(examples, self.samples)?)
     }
 
     /// Writes the files that the benchmark's server accepts.
-    fn submit(&self, mut opened: Opened) -> Outcome {
+    fn submit(&self, mut opened: TrainedClassifier) -> Outcome {
         let classifier = opened.classifier_mut();
         // A classifier without class names uses the order of the task.
         let labels = Labels::from(self.task);

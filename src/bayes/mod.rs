@@ -9,6 +9,7 @@ mod parameter_draws;
 mod precision;
 mod temperature;
 pub mod tfb;
+mod trained_classifier;
 
 pub use ensemble::{Ensemble, McDropout};
 pub use laplace::{Laplace, LastLayer, Scope};
@@ -17,3 +18,4 @@ pub use parameter_draws::ParameterDraws;
 pub use precision::PRECISION_BOUNDS;
 pub use temperature::{Temperature, BOUNDS as TEMPERATURE_BOUNDS};
 pub use tfb::Tfb;
+pub use trained_classifier::TrainedClassifier;

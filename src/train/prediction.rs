@@ -12,6 +12,7 @@ use crate::data::tokenizer;
 use crate::error::{Error, Result};
 use crate::metrics::{softmax, Metrics};
 use crate::predict::{logits, posterior_draws, posterior_scores, Prediction};
+use crate::util::check::at_least_one;
 
 impl Classifier {
     /// Tokenises examples with the model's tokeniser, up to [`Self::max_length`] tokens each.
@@ -49,9 +50,7 @@ impl Classifier {
     /// # Errors
     /// If it is 0.
     pub fn set_eval_batch_size(&mut self, rows: usize) -> Result<()> {
-        if rows == 0 {
-            return Err(Error::config("eval_batch_size", "must be at least 1"));
-        }
+        at_least_one("eval_batch_size", rows)?;
         self.eval_batch_size = rows;
         Ok(())
     }

@@ -21,13 +21,11 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use candle_core::{DType, Device};
 use clap::Parser;
-use monteclora::bayes::LinearisedClassifier;
+use monteclora::bayes::TrainedClassifier;
 use monteclora::data::task::Example;
 use monteclora::metrics::entropy;
 use monteclora::models::hub::ModelFiles;
 use monteclora::predict::Prediction;
-use monteclora::train::Classifier;
-use monteclora::Pass;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
@@ -103,31 +101,9 @@ struct Answer {
 
 type Failure = (StatusCode, String);
 
-/// What predicts.
-enum Model {
-    Plain(Classifier),
-    Linearised(LinearisedClassifier),
-}
-
-impl Model {
-    fn classifier(&self) -> &Classifier {
-        match self {
-            Self::Plain(classifier) => classifier,
-            Self::Linearised(linearised) => linearised.classifier(),
-        }
-    }
-
-    fn classifier_mut(&mut self) -> &mut Classifier {
-        match self {
-            Self::Plain(classifier) => classifier,
-            Self::Linearised(linearised) => linearised.classifier_mut(),
-        }
-    }
-}
-
 /// The state that all requests share.
 struct Shared {
-    model: Model,
+    model: TrainedClassifier,
     limit: usize,
     /// One permit for each request that is being computed.
     places: Arc<Semaphore>,
@@ -150,11 +126,8 @@ fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let base = args.model.map(|model| ModelFiles::locate(&model, None)).transpose()?;
-    let (folder, base, dtype, device) = (&args.folder, base.as_ref(), DType::F32, Device::Cpu);
-    let mut model = match args.linearised {
-        true => Model::Linearised(LinearisedClassifier::open(folder, base, dtype, &device)?),
-        false => Model::Plain(Classifier::open(folder, base, dtype, &device)?),
-    };
+    let (base, linearised) = (base.as_ref(), args.linearised);
+    let mut model = TrainedClassifier::open(&args.folder, base, linearised, DType::F32, &Device::Cpu)?;
     if let Some(max_length) = args.max_length {
         model.classifier_mut().set_max_length(max_length)?;
     }
@@ -201,14 +174,9 @@ async fn predict(
 }
 
 impl Shared {
-    /// Answers each text with the mean or the linearised model or, if draws are requested, with their average.
     fn answer(&self, request: &Request) -> monteclora::Result<Vec<Answer>> {
         let texts: Vec<Example> = request.texts.iter().map(Text::example).collect();
-        let predictions = match (&self.model, request.draws) {
-            (Model::Linearised(linearised), 0) => linearised.predict(&texts)?,
-            (Model::Plain(classifier), 0) => classifier.predict(&texts, &Pass::Mean)?,
-            (model, draws) => model.classifier().predict_averaged(&texts, draws)?,
-        };
+        let predictions = self.model.predict(&texts, request.draws)?;
         Ok(predictions.into_iter().map(|prediction| self.said(prediction)).collect())
     }
 
