@@ -2,26 +2,26 @@
 
 mod companions;
 mod gguf;
+mod plan;
 mod prefixes;
 mod shards;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use candle_core::safetensors::MmapedSafetensors;
-use candle_core::{DType, Device, Tensor};
-use safetensors::tensor::{Dtype, TensorView};
+use candle_core::Tensor;
 use serde_json::Value;
 
 use super::hub::ModelFiles;
-use crate::adapter::{AdaptableModel, Params, Pass, Role};
+use crate::adapter::{AdaptableModel, Params, Pass};
 use crate::error::{Error, Result};
 use crate::util::files;
 
 use companions::copy;
 pub(crate) use companions::copy_companions;
 pub use gguf::{check_merged_gguf, save_gguf, save_merged_gguf};
+use plan::{plan, tensor};
 pub(crate) use prefixes::TensorPrefixes;
 use shards::{write_shards, Entry, Failure};
 
@@ -165,134 +165,4 @@ impl Drop for Remove {
     fn drop(&mut self) {
         fs::remove_dir_all(&self.0).ok();
     }
-}
-
-/// The weight `source` of the layer at `path`, with its adapter merged in.
-fn merged(model: &dyn AdaptableModel, path: &str, source: &Tensor, pass: &Pass) -> Result<Tensor> {
-    let mut merged = None;
-    model.visit_linears(&mut |layer| {
-        if layer.path() == path {
-            merged = layer.merged_weight(source, pass)?;
-        }
-        Ok(())
-    })?;
-    merged.ok_or_else(|| {
-        Error::tensor(format!("{path}.weight"), "the adapter of this layer is no longer there")
-    })
-}
-
-/// A copy of a tensor of the source.
-fn tensor(view: &TensorView) -> Result<Tensor> {
-    let dtype = DType::try_from(view.dtype())?;
-    Ok(Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?)
-}
-
-/// The name prefixes of pretraining and task heads in the model classes of transformers.
-const HEADS: [&str; 17] = [
-    "lm_head.",
-    "score.",
-    "classifier.",
-    "pre_classifier.",
-    "cls.",
-    "head.",
-    "decoder.",
-    "pooler.",
-    "qa_outputs.",
-    "vocab_transform.",
-    "vocab_layer_norm.",
-    "vocab_projector.",
-    "discriminator_predictions.",
-    "generator_predictions.",
-    "generator_lm_head.",
-    "lm_predictions.",
-    "mask_predictions.",
-];
-
-/// The tensors to write, by name.
-fn plan<'a>(
-    model: &'a dyn AdaptableModel,
-    params: &Params,
-    source: &'a MmapedSafetensors,
-    failure: &'a Failure,
-    pass: Pass,
-) -> Result<BTreeMap<String, Entry<'a>>> {
-    let (prefixes, mut adapted, mut kind) = (TensorPrefixes::of(model)?, BTreeMap::new(), None);
-    model.visit_linears(&mut |layer| {
-        if layer.active().is_some() {
-            kind = kind.take().or_else(|| layer.base().dense().is_none().then(|| layer.base().kind()));
-            let (in_dim, out_dim) = layer.dims()?;
-            adapted.insert(layer.path().to_string(), vec![out_dim, in_dim]);
-        }
-        Ok(())
-    })?;
-    if let Some(kind) = &kind {
-        tracing::warn!(
-            "the adapter was trained on a base in {kind} and is merged into the checkpoint's own weights: \
-             the two bases differ by the quantisation error"
-        );
-    }
-    let views = source.tensors();
-    let bare = prefixes.are_bare(views.iter().map(|(name, _)| name.as_str()));
-    let whole = |name: String| if bare { prefixes.whole(&name) } else { name };
-    let (mut trained, mut has_head) = (BTreeMap::new(), false);
-    for (name, param) in params.all() {
-        // Weights that were loaded from a checkpoint without the body's prefix have no prefix either.
-        let name = match param.role {
-            Role::Base => whole(name),
-            Role::Head => {
-                has_head = true;
-                name
-            }
-            Role::Prompt => {
-                return Err(Error::tensor(name, "virtual tokens cannot be merged into a checkpoint"))
-            }
-            _ => continue,
-        };
-        trained.insert(name, param.var.as_detached_tensor());
-    }
-    if adapted.is_empty() && trained.is_empty() {
-        let reason = "no layer has an active adapter and no weight was trained: there is nothing to merge";
-        return Err(Error::config("adapter", reason));
-    }
-    let mut entries = BTreeMap::new();
-    for (name, view) in views {
-        let name = whole(name);
-        // A trained head replaces any head of the checkpoint. Other tensors beside the body, such as an image
-        // tower, are kept.
-        let is_head = trained.contains_key(&name) || HEADS.iter().any(|head| name.starts_with(head));
-        if has_head && is_head && !prefixes.matches(&name) {
-            continue;
-        }
-        let path = name.strip_suffix(".weight").unwrap_or(&name).to_string();
-        let entry = match (adapted.remove(&path), trained.remove(&name)) {
-            (Some(shape), _) if shape == view.shape() => {
-                let dtype = DType::try_from(view.dtype())?;
-                Entry::Made {
-                    make: Box::new(move || merged(model, &path, &tensor(&view)?, &pass)),
-                    dtype,
-                    shape,
-                    failure,
-                }
-            }
-            (None, Some(tensor)) if tensor.dims() == view.shape() => {
-                Entry::trained(tensor, DType::try_from(view.dtype())?, failure)
-            }
-            (None, None) => Entry::Source(view),
-            _ if kind.is_some() && view.dtype() == Dtype::U8 => {
-                let reason = "the checkpoint has it in 4 bits, which cannot be merged into: save the \
-                              adapter, or merge it into the model's unquantised checkpoint";
-                return Err(Error::tensor(name, reason));
-            }
-            _ => return Err(Error::tensor(name, format!("the checkpoint has shape {:?}", view.shape()))),
-        };
-        entries.insert(name, entry);
-    }
-    if let Some(path) = adapted.keys().next() {
-        return Err(Error::tensor(format!("{path}.weight"), "the checkpoint has no such tensor"));
-    }
-    entries.extend(trained.into_iter().map(|(name, tensor)| {
-        let dtype = tensor.dtype();
-        (name, Entry::trained(tensor, dtype, failure))
-    }));
-    Ok(entries)
 }

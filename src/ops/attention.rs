@@ -57,25 +57,8 @@ pub fn attention(
 ) -> Result<Tensor> {
     let scores = scores.into();
     let shape = Shape::new(q, k, v, heads, kv_heads)?;
-    if let Some(padding) = &mask.padding {
-        if padding.dims() != [shape.b, shape.tk] {
-            bail!(
-                "attention: padding {:?} does not fit (batch, keys) of {:?}",
-                padding.dims(),
-                (shape.b, shape.tk)
-            );
-        }
-    }
-    if mask.window.as_ref().is_some_and(|window| window.size() == 0) {
-        bail!("attention: a window of 0 keys hides a query's own place");
-    }
+    check_arguments(&shape, mask, &scores, dropout.map(|(p, ..)| p))?;
     let mask = &mask.over(shape.tq, shape.tk);
-    if let Some(cap) = scores.cap.filter(|cap| !(*cap > 0.0 && cap.is_finite())) {
-        bail!("attention: expected a positive cap on scores, got {cap}");
-    }
-    if let Some((p, ..)) = dropout {
-        check(p)?;
-    }
     let dropout = dropout.filter(|(p, ..)| *p > 0.0);
     let probabilities = candle_core::Shape::from((shape.b, heads, shape.tq, shape.tk));
     let keep =
@@ -115,6 +98,26 @@ pub fn attention(
             })
         }
     }
+}
+
+/// Checks that the padding fits the keys, and that the window, the cap and the rate of dropout are valid.
+fn check_arguments(shape: &Shape, mask: &Mask, scores: &Scores, rate: Option<f64>) -> Result<()> {
+    if let Some(padding) = &mask.padding {
+        if padding.dims() != [shape.b, shape.tk] {
+            bail!(
+                "attention: padding {:?} does not fit (batch, keys) of {:?}",
+                padding.dims(),
+                (shape.b, shape.tk)
+            );
+        }
+    }
+    if mask.window.as_ref().is_some_and(|window| window.size() == 0) {
+        bail!("attention: a window of 0 keys hides a query's own place");
+    }
+    if let Some(cap) = scores.cap.filter(|cap| !(*cap > 0.0 && cap.is_finite())) {
+        bail!("attention: expected a positive cap on scores, got {cap}");
+    }
+    rate.map_or(Ok(()), check)
 }
 
 /// The core in custom CUDA kernels and cuBLAS products that read the heads in place.

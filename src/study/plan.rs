@@ -1,6 +1,8 @@
 //! The plan of a study, written before it is run: what is trained, which comparisons are tested together, and
 //! what counts as success.
 
+mod check;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -221,97 +223,6 @@ impl Plan {
         let has =
             |group: &&Methods| group.recipes.iter().any(|name| name == method) && group.lrs.contains(&lr);
         self.methods.iter().filter(has).count()
-    }
-
-    fn check(&self) -> Result<()> {
-        let wrong = |reason: String| Err(Error::config("plan", reason));
-        if self.draws == 0 {
-            return wrong("draws: expected at least 1, got 0".to_string());
-        }
-        for task in self.tasks()? {
-            if task.is_regression() {
-                return wrong(format!("tasks: {task} has no classes, and plans compare class probabilities"));
-            }
-            if self.epochs.get(task).is_none_or(|epochs| *epochs == 0) {
-                return wrong(format!("epochs: there is no number for {task}, or it is 0"));
-            }
-        }
-        let cells = self.cells()?;
-        if let Some(key) = cells.iter().find(|key| self.runs(&key.method, key.lr) > 1) {
-            return wrong(format!("methods: {} comes twice at {}", key.method, key.lr));
-        }
-        let arms = self.arms()?;
-        let known = |arm: &Arm| -> Result<()> {
-            if arms.contains(arm) {
-                return Ok(());
-            }
-            let (text, names) = (arm.to_string(), arms.iter().map(Arm::to_string).collect::<Vec<_>>());
-            Err(Error::config("plan", format!("{text:?} is none of its arms: {}", names.join(", "))))
-        };
-        if let Some((name, _)) = self.families.iter().find(|(_, family)| family.is_empty()) {
-            return wrong(format!("families: {name} has no comparison"));
-        }
-        for Comparison { arm, against, scores } in self.families.values().flatten() {
-            known(arm)?;
-            known(against)?;
-            if arm == against {
-                return wrong(format!("families: {arm} is compared with itself"));
-            }
-            self.check_shared("families", arm, against)?;
-            if scores.is_empty() {
-                return wrong(format!("families: {arm} against {against} has no score"));
-            }
-        }
-        for criterion in &self.success {
-            match criterion {
-                Criterion::Better { family, .. } if !self.families.contains_key(family) => {
-                    return wrong(format!("success: there is no family {family:?}"));
-                }
-                Criterion::Better { p, .. } if !(*p > 0.0 && *p < 1.0) => {
-                    return wrong(format!("success: expected a p between 0 and 1, got {p}"));
-                }
-                Criterion::Sensitivity { most, .. } if !(*most > 0.0 && most.is_finite()) => {
-                    return wrong(format!("success: expected a positive ratio, got {most}"));
-                }
-                Criterion::NotWorse { by, .. } if !by.is_finite() => {
-                    return wrong(format!("success: expected a finite difference `by`, got {by}"));
-                }
-                Criterion::Better { .. } => {}
-                Criterion::Sensitivity { arm, against, .. } => {
-                    [arm, against].into_iter().try_for_each(known)?;
-                    self.check_shared("success", arm, against)?;
-                    // The test has groups * (rates - 1) - 1 degrees of freedom: one mean is lost per group.
-                    let rates = self.shared(arm, against).len();
-                    let groups = cells.iter().map(|key| (&key.task, key.seed, key.batch_size));
-                    let groups = groups.collect::<BTreeSet<_>>().len();
-                    if rates < 2 || groups * (rates - 1) < 2 {
-                        let too_few =
-                            format!("{rates} rates in common, {groups} tasks, seeds and batch sizes");
-                        return wrong(format!(
-                            "success: {arm} and {against}: too little to compare: {too_few}"
-                        ));
-                    }
-                }
-                Criterion::NotWorse { arm, against, lr, .. } => {
-                    [arm, against].into_iter().try_for_each(known)?;
-                    self.check_shared("success", arm, against)?;
-                    let shared = self.shared(arm, against);
-                    if lr.is_some_and(|lr| !shared.contains(&lr)) {
-                        return wrong(format!("success: {arm} and {against} do not both run at {lr:?}"));
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Checks that the methods of two arms share a learning rate; otherwise no two cells could be paired.
-    fn check_shared(&self, place: &str, own: &Arm, other: &Arm) -> Result<()> {
-        if !self.shared(own, other).is_empty() {
-            return Ok(());
-        }
-        let reason = format!("{place}: {own} and {other} run at no learning rate in common");
-        Err(Error::config("plan", reason))
     }
 
     /// The learning rates at which the methods of two arms both run, each once.

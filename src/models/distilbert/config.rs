@@ -1,14 +1,12 @@
 //! The configuration of a DistilBERT, as Hugging Face's `config.json` has it.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::models::checks;
 use crate::models::encoder::config::{self as shared, defaults};
-use crate::util::json;
 
 /// The fields of `config.json` that shape the computation; others are ignored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -55,20 +53,7 @@ fn seq_classif_dropout() -> f64 {
 }
 
 impl DistilBertConfig {
-    /// Reads and checks a `config.json`.
-    ///
-    /// # Errors
-    /// If the file cannot be read, is not such a configuration, or requires an unsupported option.
-    pub fn from_file(path: &Path) -> Result<Self> {
-        Self::parse(json::read_config(path)?.as_bytes(), path)
-    }
-
-    /// Like [`Self::from_file`], from the file's bytes; `path` is only used in errors.
-    pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self> {
-        let config: Self = json::parse_config(text, path, &[])?;
-        config.validate().map_err(|e| Error::format(path, e.to_string()))?;
-        Ok(config)
-    }
+    shared::config_methods!();
 
     /// Checks that the values fit each other and are supported.
     ///
@@ -97,22 +82,12 @@ impl DistilBertConfig {
     pub fn pad_id(&self) -> u32 {
         self.pad_token_id.unwrap_or(0)
     }
-
-    /// The number of outputs of a classification head.
-    pub fn num_labels(&self) -> usize {
-        self.id2label.len()
-    }
-
-    /// The same configuration with `n` outputs. If the number changes, the outputs get Hugging Face's default
-    /// names.
-    pub fn with_num_labels(mut self, n: usize) -> Self {
-        shared::set_num_labels(&mut self.id2label, n);
-        self
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use serde_json::json;
 

@@ -77,3 +77,38 @@ pub fn check_is(option: &str, value: &str, expected: &str) -> Result<()> {
     }
     Err(Error::config(option, format!("expected {expected}, got {value}")))
 }
+
+/// The inherent methods that all encoders' configurations have, to be called without a trait in scope: reading
+/// a file, by `validate` of the same type, and the number of classes in `id2label`. Arguments are the fields
+/// whose objects may have explicit nulls for absent fields, as the configuration itself may.
+macro_rules! config_methods {
+    ($($inner:literal),*) => {
+        /// Reads and checks a `config.json`.
+        ///
+        /// # Errors
+        /// If the file cannot be read, is not such a configuration, or requires an unsupported option.
+        pub fn from_file(path: &::std::path::Path) -> $crate::error::Result<Self> {
+            Self::parse($crate::util::json::read_config(path)?.as_bytes(), path)
+        }
+
+        /// Like [`Self::from_file`], from the file's bytes; `path` is only used in errors.
+        pub(crate) fn parse(text: &[u8], path: &::std::path::Path) -> $crate::error::Result<Self> {
+            let config: Self = $crate::util::json::parse_config(text, path, &[$($inner),*])?;
+            config.validate().map_err(|e| $crate::error::Error::format(path, e.to_string()))?;
+            Ok(config)
+        }
+
+        /// The number of outputs of a classification head.
+        pub fn num_labels(&self) -> usize {
+            self.id2label.len()
+        }
+
+        /// The same configuration with `n` outputs. If the number changes, the outputs get Hugging Face's
+        /// default names.
+        pub fn with_num_labels(mut self, n: usize) -> Self {
+            $crate::models::encoder::config::set_num_labels(&mut self.id2label, n);
+            self
+        }
+    };
+}
+pub(crate) use config_methods;

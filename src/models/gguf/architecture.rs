@@ -1,19 +1,55 @@
 //! The GGUF architectures that this crate reads and writes: their names and tensor names in Hugging Face, and
 //! the changes that llama.cpp's converter makes to weights.
 
-/// A GGUF architecture.
+/// A GGUF architecture: its names, and what llama.cpp assumes of its models instead of reading it from files.
 #[derive(Debug)]
 pub(super) struct Architecture {
     /// GGUF's name.
     pub name: &'static str,
     /// Hugging Face's `model_type`.
     pub model_type: &'static str,
+    /// The `model_type` of its models with a sliding window, if that is another.
+    pub windowed_as: Option<&'static str>,
+    /// The `general.name` of models with a vocabulary below 100 000 ids. Only under this name does llama.cpp
+    /// strip the spaces after special tokens, as is right for Phi 3. Phi 4 has the same model type but a
+    /// larger vocabulary, and its special tokens do not strip.
+    pub small_name: Option<&'static str>,
     /// Whether the rows of q and k are permuted so that the two elements of a rotated pair are adjacent.
     pub interleaved: bool,
     /// Whether norm weights are stored as Hugging Face's plus 1.
     pub norm_plus_one: bool,
+    /// Whether the feed-forward block has GELU, approximated by tanh, instead of SiLU.
+    pub gelu: bool,
+    /// Whether `config.json` says which projections have biases; else the architecture does.
+    pub has_bias_fields: bool,
+    /// Whether llama.cpp reads biases other than those of q, k and v.
+    pub other_biases: bool,
+    /// Whether llama.cpp applies both soft caps to every model: a cap of 0 would be a division by 0.
+    pub always_capped: bool,
+    /// Whether a file may have one factor per rotary frequency (`rope_freqs`), as of Llama 3's rule.
+    pub rope_factors: bool,
+    /// Whether a file may have LongRoPE's factors, and the length that the model was first trained on.
+    pub long_rope: bool,
+    /// Whether every fourth layer has no rotary positions.
+    pub fourth_unrotated: bool,
+    /// The layers with a sliding window; `None` if llama.cpp gives no layer one.
+    pub windows: Option<Windows>,
+    /// Whether a file has `attention.sliding_window`, 0 for none, although llama.cpp gives no layer a window.
+    pub has_unused_window: bool,
+    /// The number of layers of the family's largest model, whose attention scale does not follow from the
+    /// width of a head; `None` if that scale always does.
+    pub wide_scale_layers: Option<usize>,
     /// The tensors of a block.
     blocks: &'static [Names],
+}
+
+/// The sliding windows of an architecture.
+#[derive(Debug)]
+pub(super) struct Windows {
+    /// One layer in so many has no window.
+    pub full_every: usize,
+    /// The window of a file that gives none; without it, no layer of such a file has one.
+    pub default: Option<usize>,
 }
 
 /// Pairs of GGUF's and Hugging Face's names.
@@ -46,56 +82,84 @@ const AROUND: Names = &[
 const OUTSIDE: Names =
     &[("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")];
 
+/// What the architectures below differ from.
+const PLAIN: Architecture = Architecture {
+    name: "",
+    model_type: "",
+    windowed_as: None,
+    small_name: None,
+    interleaved: false,
+    norm_plus_one: false,
+    gelu: false,
+    has_bias_fields: false,
+    other_biases: false,
+    always_capped: false,
+    rope_factors: false,
+    long_rope: false,
+    fourth_unrotated: false,
+    windows: None,
+    has_unused_window: false,
+    wide_scale_layers: None,
+    blocks: &[ATTENTION, PRE_NORM, FEED_FORWARD],
+};
+
 /// The supported architectures. Mistral and SmolLM2 are `llama`.
 const ALL: [Architecture; 7] = [
     Architecture {
         name: "llama",
         model_type: "llama",
+        windowed_as: Some("mistral"),
         interleaved: true,
-        norm_plus_one: false,
-        blocks: &[ATTENTION, PRE_NORM, FEED_FORWARD],
+        has_bias_fields: true,
+        other_biases: true,
+        rope_factors: true,
+        ..PLAIN
     },
     Architecture {
         name: "smollm3",
         model_type: "smollm3",
         interleaved: true,
-        norm_plus_one: false,
-        blocks: &[ATTENTION, PRE_NORM, FEED_FORWARD],
+        has_bias_fields: true,
+        rope_factors: true,
+        fourth_unrotated: true,
+        ..PLAIN
     },
-    Architecture {
-        name: "qwen2",
-        model_type: "qwen2",
-        interleaved: false,
-        norm_plus_one: false,
-        blocks: &[ATTENTION, PRE_NORM, FEED_FORWARD],
-    },
+    Architecture { name: "qwen2", model_type: "qwen2", ..PLAIN },
     Architecture {
         name: "qwen3",
         model_type: "qwen3",
-        interleaved: false,
-        norm_plus_one: false,
         blocks: &[ATTENTION, HEAD_NORMS, PRE_NORM, FEED_FORWARD],
+        ..PLAIN
     },
     Architecture {
         name: "phi3",
         model_type: "phi3",
-        interleaved: false,
-        norm_plus_one: false,
+        small_name: Some("phi-3"),
+        long_rope: true,
+        has_unused_window: true,
         blocks: &[FUSED, PRE_NORM],
+        ..PLAIN
     },
     Architecture {
         name: "gemma2",
         model_type: "gemma2",
-        interleaved: false,
         norm_plus_one: true,
+        gelu: true,
+        always_capped: true,
+        windows: Some(Windows { full_every: 2, default: Some(4096) }),
+        wide_scale_layers: Some(46),
         blocks: &[ATTENTION, AROUND, FEED_FORWARD],
+        ..PLAIN
     },
     Architecture {
         name: "gemma3",
         model_type: "gemma3_text",
-        interleaved: false,
         norm_plus_one: true,
+        gelu: true,
+        windows: Some(Windows { full_every: 6, default: None }),
+        wide_scale_layers: Some(62),
         blocks: &[ATTENTION, HEAD_NORMS, AROUND, FEED_FORWARD],
+        ..PLAIN
     },
 ];
 
@@ -116,8 +180,8 @@ impl Architecture {
                 "GGUF is for text-only checkpoints (gemma3_text), got gemma3, which has a vision part".into(),
             );
         }
-        let name = if model_type == "mistral" { "llama" } else { model_type };
-        ALL.iter().find(|one| one.model_type == name).ok_or_else(|| {
+        let is = |one: &&Self| one.model_type == model_type || one.windowed_as == Some(model_type);
+        ALL.iter().find(is).ok_or_else(|| {
             let types: Vec<&str> = ALL.iter().map(|one| one.model_type).collect();
             format!("GGUF is for decoders: expected mistral or one of {}, got {model_type}", types.join(", "))
         })
@@ -127,8 +191,8 @@ impl Architecture {
     pub fn to_gguf(&self, name: &str) -> Option<String> {
         let (module, end) = parted(name);
         let of_attention = ["q_proj", "k_proj", "v_proj"].iter().any(|layer| module.ends_with(layer));
-        if end == ".bias" && !of_attention && self.name != "llama" {
-            return None; // llama.cpp reads other biases only for `llama`
+        if end == ".bias" && !of_attention && !self.other_biases {
+            return None;
         }
         if let Some(rest) = module.strip_prefix("model.layers.") {
             let (block, module) = rest.split_once('.')?;
@@ -168,8 +232,25 @@ impl Architecture {
         }
     }
 
+    /// The number whose inverse square root llama.cpp takes as the attention scale of a model with so many
+    /// layers. `share` is its hidden size divided by the number of heads.
+    pub fn query_scalar(&self, layers: usize, share: usize, head_dim: usize) -> usize {
+        if self.wide_scale_layers == Some(layers) {
+            share
+        } else {
+            head_dim
+        }
+    }
+
     fn blocks(&self) -> impl Iterator<Item = &'static (&'static str, &'static str)> {
         self.blocks.iter().flat_map(|names| names.iter())
+    }
+}
+
+impl Windows {
+    /// Whether a layer, counted from 0, has a window in a model that has any.
+    pub fn has(&self, layer: usize) -> bool {
+        !(layer + 1).is_multiple_of(self.full_every)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use serde_json::{json, Map, Value as Json};
 
+use super::architecture::Windows;
 use super::file::Gguf;
 use super::rope::Llama3;
 use super::value::Value;
@@ -88,9 +89,11 @@ impl Gguf {
             "tie_word_embeddings": self.info("output.weight").is_none(),
         });
         let Json::Object(mut config) = config else { return Ok(Map::new()) };
-        let gelu = architecture.norm_plus_one;
-        let (key, activation) =
-            if gelu { ("hidden_activation", "gelu_pytorch_tanh") } else { ("hidden_act", "silu") };
+        let (key, activation) = if architecture.gelu {
+            ("hidden_activation", "gelu_pytorch_tanh")
+        } else {
+            ("hidden_act", "silu")
+        };
         config.insert(key.into(), json!(activation));
         Ok(config)
     }
@@ -145,7 +148,7 @@ impl Gguf {
             config.insert("rope_scaling".into(), scaling);
         }
         let original = self.whole("rope.scaling.original_context_length")?;
-        if let Some(original) = original.filter(|_| self.architecture().name == "phi3") {
+        if let Some(original) = original.filter(|_| self.architecture().long_rope) {
             config.insert("original_max_position_embeddings".into(), json!(original));
         }
         Ok(())
@@ -217,67 +220,89 @@ impl Gguf {
     }
 
     fn attention(&self, config: &mut Map<String, Json>) -> Result<()> {
-        let (name, layers) = (self.architecture().name, self.required("block_count")?);
-        let has = |tensor: &str| self.info(tensor).is_some();
         if self.setting("attention.causal").is_some_and(|causal| causal.as_bool() != Some(true)) {
             let key = self.key("attention.causal");
             return Err(self.error(format!("{key}: bidirectional attention is not supported: expected true")));
         }
-        if matches!(name, "llama" | "smollm3") {
-            let bias = has("blk.0.attn_q.bias");
-            if bias != has("blk.0.attn_output.bias") {
-                return Err(
-                    self.error("expected biases on both the query and the output projection, or on neither")
-                );
-            }
-            config.insert("attention_bias".into(), json!(bias));
-            config.insert("mlp_bias".into(), json!(has("blk.0.ffn_gate.bias")));
+        self.biases(config)?;
+        self.caps(config)?;
+        self.windows(config)?;
+        self.scale(config)
+    }
+
+    /// Adds whether projections have biases, where that is for the file to say.
+    fn biases(&self, config: &mut Map<String, Json>) -> Result<()> {
+        if !self.architecture().has_bias_fields {
+            return Ok(());
         }
-        for (key, theirs) in [
-            ("attn_logit_softcapping", "attn_logit_softcapping"),
-            ("final_logit_softcapping", "final_logit_softcapping"),
-        ] {
+        let has = |tensor: &str| self.info(tensor).is_some();
+        let bias = has("blk.0.attn_q.bias");
+        if bias != has("blk.0.attn_output.bias") {
+            return Err(
+                self.error("expected biases on both the query and the output projection, or on neither")
+            );
+        }
+        config.insert("attention_bias".into(), json!(bias));
+        config.insert("mlp_bias".into(), json!(has("blk.0.ffn_gate.bias")));
+        Ok(())
+    }
+
+    /// Adds the soft caps on scores and logits, which both sides call the same.
+    fn caps(&self, config: &mut Map<String, Json>) -> Result<()> {
+        for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
             if let Some(cap) = self.number(key)?.filter(|cap| *cap > 0.0) {
-                config.insert(theirs.into(), json!(short(cap)));
+                config.insert(key.into(), json!(short(cap)));
             }
         }
+        Ok(())
+    }
+
+    /// Adds the sliding window and, where llama.cpp assumes which layers have it, the type of each layer.
+    fn windows(&self, config: &mut Map<String, Json>) -> Result<()> {
+        let architecture = self.architecture();
+        let windows = architecture.windows.as_ref();
         let window = self.whole("attention.sliding_window")?.filter(|window| *window > 0);
-        // llama.cpp assumes a window in every second layer of Gemma 2 and in five of six layers of Gemma 3.
-        let (default, every) = match name {
-            "gemma2" => (Some(4096), 2),
-            "gemma3" => (None, 6),
-            _ => (None, 0),
-        };
-        let window = window.or(default);
+        let window = window.or(windows.and_then(|windows| windows.default));
         if let Some(window) = window {
             config.insert("sliding_window".into(), json!(window));
         }
-        if every > 0 {
-            if self.setting("attention.sliding_window_pattern").is_some() {
-                let reason = "only the architecture's own pattern of windows is supported";
-                return Err(self.error(format!("{}: {reason}", self.key("attention.sliding_window_pattern"))));
-            }
-            let kind = |layer: usize| match window.is_some() && !(layer + 1).is_multiple_of(every) {
-                true => "sliding_attention",
-                false => "full_attention",
-            };
-            // Refuse a `block_count` above the number of tensors before allocating a list of that size.
-            if layers > self.tensor_names().count() {
-                return Err(self.error(format!(
-                    "{}: the file has too few tensors for {layers} blocks",
-                    self.key("block_count")
-                )));
-            }
-            config.insert("layer_types".into(), (0..layers).map(kind).collect());
-            let (heads, width) = (self.heads(true)?.max(1), self.required("embedding_length")?);
-            // The largest model of each family has another attention scale.
-            let scale = match (name, layers) {
-                ("gemma2", 46) | ("gemma3", 62) => width / heads,
-                _ => self.whole("attention.key_length")?.unwrap_or(width / heads),
-            };
-            config.insert("query_pre_attn_scalar".into(), json!(scale));
-        } else if window.is_some() && name == "llama" {
-            config.insert("model_type".into(), json!("mistral"));
+        if let Some(windows) = windows {
+            config.insert("layer_types".into(), self.layer_types(windows, window.is_some())?);
+        } else if let Some(name) = architecture.windowed_as.filter(|_| window.is_some()) {
+            config.insert("model_type".into(), json!(name));
+        }
+        Ok(())
+    }
+
+    /// The type of each layer, with or without the architecture's windows.
+    fn layer_types(&self, windows: &Windows, windowed: bool) -> Result<Json> {
+        if self.setting("attention.sliding_window_pattern").is_some() {
+            let reason = "only the architecture's own pattern of windows is supported";
+            return Err(self.error(format!("{}: {reason}", self.key("attention.sliding_window_pattern"))));
+        }
+        let layers = self.required("block_count")?;
+        // Refuse a `block_count` above the number of tensors before allocating a list of that size.
+        if layers > self.tensor_names().count() {
+            return Err(self.error(format!(
+                "{}: the file has too few tensors for {layers} blocks",
+                self.key("block_count")
+            )));
+        }
+        let kind = |layer: usize| match windowed && windows.has(layer) {
+            true => "sliding_attention",
+            false => "full_attention",
+        };
+        Ok((0..layers).map(kind).collect())
+    }
+
+    /// Adds the attention scale, in the families whose `config.json` has one.
+    fn scale(&self, config: &mut Map<String, Json>) -> Result<()> {
+        let architecture = self.architecture();
+        if architecture.wide_scale_layers.is_some() {
+            let share = self.required("embedding_length")? / self.heads(true)?.max(1);
+            let head_dim = self.whole("attention.key_length")?.unwrap_or(share);
+            let scalar = architecture.query_scalar(self.required("block_count")?, share, head_dim);
+            config.insert("query_pre_attn_scalar".into(), json!(scalar));
         }
         Ok(())
     }

@@ -48,10 +48,8 @@ impl Described {
             heads: (config.num_attention_heads, config.num_key_value_heads),
             tied: config.tie_word_embeddings,
         };
-        if model_type == "phi3" && config.vocab_size < 100_000 {
-            // This name makes llama.cpp strip the spaces after special tokens, as is right for Phi 3. Phi 4
-            // has the same model type but a larger vocabulary, and its special tokens do not strip.
-            described.metadata.push(("general.name".into(), "phi-3".into()));
+        if let Some(name) = architecture.small_name.filter(|_| config.vocab_size < 100_000) {
+            described.metadata.push(("general.name".into(), name.into()));
         }
         let read = Reader { file, config, architecture };
         read.sizes(&mut described)?;
@@ -108,8 +106,7 @@ impl Reader<'_> {
         {
             match cap {
                 Some(cap) => described.add(key, cap as f32),
-                // llama.cpp always applies the caps of Gemma 2, and a cap of 0 would be a division by 0.
-                None if self.architecture.name == "gemma2" => {
+                None if self.architecture.always_capped => {
                     return Err(Error::config(
                         key,
                         "it is missing: llama.cpp always applies this cap to Gemma 2",
@@ -118,10 +115,8 @@ impl Reader<'_> {
                 None => {}
             }
         }
-        let usual = match (self.architecture.name, config.layers.len()) {
-            ("gemma2", 46) | ("gemma3", 62) => self.usual_width(),
-            _ => config.head_dim,
-        } as f64;
+        let layers = config.layers.len();
+        let usual = self.architecture.query_scalar(layers, self.usual_width(), config.head_dim) as f64;
         let scale = config.attention_scale.powi(-2);
         if (scale - usual).abs() > 1e-6 * usual {
             let reason = format!("llama.cpp assumes {usual}, got {scale:.3}");
@@ -137,7 +132,7 @@ impl Reader<'_> {
             described.add("rope.freq_base_swa", local.theta);
         }
         described.count("rope.dimension_count", "partial_rotary_factor", rotary.dim)?;
-        let by_factors = matches!(self.architecture.name, "llama" | "smollm3");
+        let by_factors = self.architecture.rope_factors;
         match &rotary.scaling {
             RotaryScaling::None => {}
             RotaryScaling::Linear { factor } => {
@@ -181,9 +176,7 @@ impl Reader<'_> {
             {
                 described.factors.push(("rope_freqs.weight", long.clone()));
             }
-            RotaryScaling::LongRope { short, long, original, magnitude }
-                if self.architecture.name == "phi3" =>
-            {
+            RotaryScaling::LongRope { short, long, original, magnitude } if self.architecture.long_rope => {
                 described.factors.push(("rope_factors_long.weight", long.clone()));
                 described.factors.push(("rope_factors_short.weight", short.clone()));
                 let theirs = "original_max_position_embeddings";
@@ -200,48 +193,45 @@ impl Reader<'_> {
 
     /// Adds the sliding window, and checks that the layers with a window are none or those llama.cpp assumes.
     fn windows(&self, described: &mut Described) -> Result<()> {
-        let (name, longest) = (self.architecture.name, self.config.max_position_embeddings);
+        let (architecture, longest) = (self.architecture, self.config.max_position_embeddings);
         let window = self.config.layers.iter().find_map(|layer| layer.window);
-        let every = match name {
-            "gemma2" => 2,
-            "gemma3" => 6,
-            _ => 0,
-        };
-        if every == 0 {
-            if name == "phi3" {
+        let Some(windows) = &architecture.windows else {
+            if architecture.has_unused_window {
                 described.count("attention.sliding_window", "sliding_window", window.unwrap_or(0))?;
             }
             if let Some(window) = window.filter(|window| *window < longest) {
+                let name = architecture.name;
                 tracing::warn!(
                     "sliding_window: llama.cpp ignores it for {name}: texts of more than {window} tokens \
                      give other results"
                 );
             }
             return self.positions();
-        }
+        };
         let usual = |(at, layer): (usize, &LayerConfig)| {
-            window.is_none() || layer.window.is_some() != (at + 1).is_multiple_of(every)
+            window.is_none() || layer.window.is_some() == windows.has(at)
         };
         if !self.config.layers.iter().enumerate().all(usual) {
+            let every = windows.full_every;
             let reason = format!("llama.cpp assumes that one layer in {every} has no window");
             return Err(Error::config(self.given("layer_types", "sliding_window_pattern"), reason));
         }
         match window {
             Some(window) => described.count("attention.sliding_window", "sliding_window", window),
-            // llama.cpp always gives Gemma 2 a window: write one that covers the longest text.
-            None if name == "gemma2" => {
+            // Without one, llama.cpp takes the architecture's: write one that covers the longest text.
+            None if windows.default.is_some() => {
                 described.count("attention.sliding_window", "sliding_window", longest)
             }
             None => Ok(()),
         }
     }
 
-    /// Checks that SmolLM3's layers without positions are every fourth, as llama.cpp assumes.
+    /// Checks that the layers without positions are every fourth, where llama.cpp assumes it (SmolLM3).
     fn positions(&self) -> Result<()> {
         let usual = |(at, layer): (usize, &LayerConfig)| {
             (layer.positions == Positions::None) == (at + 1).is_multiple_of(4)
         };
-        if self.architecture.name == "smollm3" && !self.config.layers.iter().enumerate().all(usual) {
+        if self.architecture.fourth_unrotated && !self.config.layers.iter().enumerate().all(usual) {
             let reason = "llama.cpp assumes that every fourth layer has no rotary positions";
             return Err(Error::config(self.given("no_rope_layers", "no_rope_layer_interval"), reason));
         }

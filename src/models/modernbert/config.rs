@@ -1,14 +1,13 @@
 //! The configuration of a ModernBERT, as Hugging Face's `config.json` has it in older and newer files.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::models::checks;
 use crate::models::encoder::config::{self as shared, defaults};
-use crate::util::{check, json};
+use crate::util::check;
 
 /// The hidden states that a classification head reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -193,20 +192,7 @@ fn pad_token_id() -> Option<u32> {
 }
 
 impl ModernBertConfig {
-    /// Reads and checks a `config.json`.
-    ///
-    /// # Errors
-    /// If the file cannot be read, is not such a configuration, or requires an unsupported option.
-    pub fn from_file(path: &Path) -> Result<Self> {
-        Self::parse(json::read_config(path)?.as_bytes(), path)
-    }
-
-    /// Like [`Self::from_file`], from the file's bytes; `path` is only used in errors.
-    pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self> {
-        let config: Self = json::parse_config(text, path, &["rope_parameters"])?;
-        config.validate().map_err(|e| Error::format(path, e.to_string()))?;
-        Ok(config)
-    }
+    shared::config_methods!("rope_parameters");
 
     /// Checks that the values fit each other and are supported.
     ///
@@ -293,22 +279,12 @@ impl ModernBertConfig {
     pub fn pad_id(&self) -> u32 {
         self.pad_token_id.unwrap_or(0)
     }
-
-    /// The number of outputs of a classification head.
-    pub fn num_labels(&self) -> usize {
-        self.id2label.len()
-    }
-
-    /// The same configuration with `n` outputs. If the number changes, the outputs get Hugging Face's default
-    /// names.
-    pub fn with_num_labels(mut self, n: usize) -> Self {
-        shared::set_num_labels(&mut self.id2label, n);
-        self
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use serde_json::{json, Value};
 

@@ -1,14 +1,13 @@
 //! The configuration of an encoder, as Hugging Face's `config.json` has it.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::models::checks;
 use crate::models::encoder::config::{self as shared, defaults as common};
-use crate::util::{check, json};
+use crate::util::check;
 
 /// The family that an encoder belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,20 +99,7 @@ mod defaults {
 }
 
 impl RobertaConfig {
-    /// Reads and checks a `config.json`.
-    ///
-    /// # Errors
-    /// If the file cannot be read, is not such a configuration, or requires an unsupported option.
-    pub fn from_file(path: &Path) -> Result<Self> {
-        Self::parse(json::read_config(path)?.as_bytes(), path)
-    }
-
-    /// Like [`Self::from_file`], from the file's bytes; `path` is only used in errors.
-    pub(crate) fn parse(text: &[u8], path: &Path) -> Result<Self> {
-        let config: Self = json::parse_config(text, path, &[])?;
-        config.validate().map_err(|e| Error::format(path, e.to_string()))?;
-        Ok(config)
-    }
+    shared::config_methods!();
 
     /// Checks that the values fit each other and are supported.
     ///
@@ -173,18 +159,6 @@ impl RobertaConfig {
         })
     }
 
-    /// The number of outputs of a classification head.
-    pub fn num_labels(&self) -> usize {
-        self.id2label.len()
-    }
-
-    /// The same configuration with `n` outputs. If the number changes, the outputs get Hugging Face's default
-    /// names.
-    pub fn with_num_labels(mut self, n: usize) -> Self {
-        shared::set_num_labels(&mut self.id2label, n);
-        self
-    }
-
     /// Dropout in the classification head.
     pub fn head_dropout(&self) -> f64 {
         self.classifier_dropout.unwrap_or(self.hidden_dropout_prob)
@@ -193,6 +167,8 @@ impl RobertaConfig {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn roberta_base() -> RobertaConfig {

@@ -7,8 +7,9 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::TensorView;
 use serde_json::Value;
 
+use super::plan::{merged, plan, tensor};
 use super::shards::{Entry, Failure};
-use super::{check_layers, check_merged, merged, plan, tensor};
+use super::{check_layers, check_merged};
 use crate::adapter::{AdaptableModel, Params, Pass, Role};
 use crate::error::{Error, Result};
 use crate::models::chat_template::find;
