@@ -1,13 +1,13 @@
 //! The examples `glue` and `llama` on the command line: help, options without effect, closed or full outputs, logs.
 
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::{json, Value};
 
 use crate::kill::{example, glue};
-use crate::support::{skipped, Outcome};
+use crate::support::{asset, skipped, Outcome};
 
 /// The example and a small task.
 struct Home {
@@ -54,11 +54,6 @@ fn said(output: Output) -> Outcome<String> {
     } else {
         Err(format!("{}: {text}", output.status).into())
     }
-}
-
-/// The path of a bundled folder.
-fn asset(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets").join(name)
 }
 
 /// The write end of a pipe without a reader.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use monteclora::noise::{Noise, Purpose};
 
-use crate::support::{skipped, Outcome};
+use crate::support::{asset, skipped, Outcome};
 
 /// The number of kills per method, at random moments of a run.
 const KILLS: [(&str, u64); 3] = [("monteclora", 26), ("lora", 13), ("full", 13)];
@@ -85,7 +85,7 @@ struct Setup {
 impl Setup {
     fn new(method: &'static str) -> Outcome<Self> {
         let home = tempfile::tempdir()?;
-        let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets/sst2");
+        let assets = asset("sst2");
         for (file, rows) in [("train.tsv", 48), ("dev.tsv", 24)] {
             let text = std::fs::read_to_string(assets.join(file))?;
             let head: String = text.split_inclusive('\n').take(rows + 1).collect();

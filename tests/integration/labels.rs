@@ -22,7 +22,7 @@ use serde_json::{json, Value};
 use crate::finetune::rows;
 use crate::live_peft::python;
 use crate::llama::toy_json;
-use crate::support::{scatter, skipped, toy_config, toy_weights, Outcome};
+use crate::support::{asset, case, scatter, skipped, toy_config, toy_weights, Outcome};
 
 const KINDS: [&str; 3] = ["roberta", "bert", "llama"];
 const NLI: [&str; 3] = ["entailment", "neutral", "contradiction"];
@@ -308,13 +308,8 @@ fn a_head_of_another_size_names_the_way_on() -> Outcome {
 /// Reads text from a folder in RTE's layout, as the example does; transformers has labelled the rows.
 #[test]
 fn a_case_that_was_scored_inverted_is_right() -> Outcome {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let case = here.join("../shared/cases/label-order");
-    let tokenizer = here.join("examples/assets/tiny-roberta/tokenizer.json");
-    if !(case.is_dir() && tokenizer.is_file()) {
-        skipped("no shared/cases beside the crate, or no bundled model in it");
-        return Ok(());
-    }
+    let Some(case) = case("label-order") else { return Ok(()) };
+    let tokenizer = asset("tiny-roberta/tokenizer.json");
     let encoder = TextEncoder::new(monteclora::data::tokenizer::read(&tokenizer)?, 128, 128)?;
     let rows = encoder.encode(&Task::Rte.load_folder(&case)?.dev[0].1)?;
     let classifier = load(&locate(&case)?, Task::Rte, &fresh(lora()))?;

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::Write;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
@@ -15,6 +16,24 @@ pub type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
 /// Reports that a test was skipped, in a way that the test runner does not capture.
 pub fn skipped(why: &str) {
     writeln!(std::io::stderr(), "skipped: {why}").ok();
+}
+
+/// A bundled file or folder. These tests are not in the published package, so it must be there.
+pub fn asset(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets").join(name);
+    assert!(path.exists(), "{}: no such file or folder", path.display());
+    path
+}
+
+/// A case of `shared/cases` in a folder above the crate; if there is none, reports that.
+pub fn case(name: &str) -> Option<PathBuf> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let found =
+        here.ancestors().skip(1).map(|up| up.join("shared/cases").join(name)).find(|dir| dir.is_dir());
+    if found.is_none() {
+        skipped(&format!("no shared/cases/{name} beside the crate"));
+    }
+    found
 }
 
 /// A configuration with three labels, two layers, and all widths different.
