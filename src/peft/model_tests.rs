@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;
 
 use super::*;
-use crate::adapter::{AdaptableLinear, AdaptableModel, Params, Pass, Prior, Role};
+use crate::adapter::{linears, AdaptableLinear, AdaptableModel, Params, Pass, Prior, Role};
 use crate::adapters::{Lora, LoraConfig};
 use crate::error::{Error, Result};
 use crate::monteclora::{EvidenceBound, MonteCLoRA, MonteCLoRAConfig};
@@ -68,17 +68,7 @@ impl Toy {
 }
 
 impl AdaptableModel for Toy {
-    fn default_targets(&self) -> &'static [&'static str] {
-        &[]
-    }
-
-    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
-        self.layers.iter().try_for_each(f)
-    }
-
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
-        self.layers.iter_mut().try_for_each(f)
-    }
+    linears!(layers);
 }
 
 fn paper() -> MonteCLoRAConfig {

@@ -30,7 +30,7 @@ use crate::support::{scatter, toy_config, toy_weights, Outcome};
 /// Writes the toy encoder's configuration and weights, without a head, into a folder.
 pub fn checkpoint(dir: &Path) -> Outcome<ModelFiles> {
     let config = toy_config(Family::Roberta);
-    let weights = toy_weights(&config, |vb, noise| {
+    let weights = toy_weights(|vb, noise| {
         RobertaForSequenceClassification::load(vb.clone(), vb, &config, noise).map(drop)
     })?;
     let body = weights.into_iter().filter(|(name, _)| name.starts_with("roberta.")).collect();

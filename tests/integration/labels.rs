@@ -41,7 +41,7 @@ fn weights(kind: &str, labels: usize) -> Outcome<(HashMap<String, Tensor>, Value
     }
     let family = if kind == "bert" { Family::Bert } else { Family::Roberta };
     let config = toy_config(family).with_num_labels(labels);
-    let weights = toy_weights(&config, |vb, noise| {
+    let weights = toy_weights(|vb, noise| {
         RobertaForSequenceClassification::load(vb.clone(), vb, &config, noise).map(drop)
     })?;
     Ok((weights, serde_json::to_value(&config)?))

@@ -139,7 +139,7 @@ fn base(dir: &Path, family: &str) -> Outcome<ModelFiles> {
         (weights, json, config.class_name("ForCausalLM"))
     } else {
         let config = toy_config(monteclora::models::roberta::Family::Roberta);
-        let weights = toy_weights(&config, |vb: VarBuilder<'static>, noise| {
+        let weights = toy_weights(|vb: VarBuilder<'static>, noise| {
             let model = monteclora::models::roberta::RobertaForSequenceClassification::load;
             model(vb.clone(), vb, &config, noise).map(drop)
         })?;

@@ -84,7 +84,6 @@ pub fn scatter(params: &Params) -> Outcome {
 
 /// The weights of the model that `load` builds, in general position.
 pub fn toy_weights(
-    _config: &RobertaConfig,
     load: impl Fn(VarBuilder<'static>, Noise) -> monteclora::Result<()>,
 ) -> Outcome<HashMap<String, Tensor>> {
     let params = Params::new(Noise::new(5), &Device::Cpu);
