@@ -128,7 +128,7 @@ fn logits_are_those_of_candle_transformers() -> Outcome {
             let (ids, mask) = one_row(&tokens[..length])?;
             let mut cache = oracle::Cache::new(false, DType::F32, &config.to_candle_llama()?, &Device::Cpu)?;
             let expected = reference.forward(&ids, 0, &mut cache)?; // (1, vocab): the last position
-            for path in [OpPath::Fused, OpPath::Composed, OpPath::Reference] {
+            for path in OpPath::ALL {
                 let logits = model.logits(&ids, &mask, &Context::from(Pass::Mean).with_path(path))?;
                 assert_close(&logits.narrow(1, length - 1, 1)?.squeeze(1)?, &expected, 2e-5)?;
             }

@@ -1,10 +1,8 @@
 //! Tests of prompt tuning against Hugging Face PEFT (golden values of `tests/data/make_prompt_golden.py`).
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 
-use candle_core::{safetensors, DType, Device, Tensor};
-use candle_nn::VarBuilder;
+use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::{AdaptableEmbedding, AdaptableModel, Context, Params, Pass, Role};
 use monteclora::adapters::{prompt_tuning, PromptConfig};
 use monteclora::models::causal::CausalLm;
@@ -14,7 +12,7 @@ use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
 
 use crate::llama;
-use crate::support::{assert_close, toy_classifier, toy_config, Outcome};
+use crate::support::{assert_close, data, golden, toy_classifier, toy_config, vb, Outcome};
 
 const PROMPT: &str = "prompt.default";
 
@@ -26,16 +24,7 @@ struct Golden {
 
 impl Golden {
     fn open(file: &str, name: &str) -> Outcome<Self> {
-        let part = |file: &str| -> Outcome<HashMap<String, Tensor>> {
-            let all = safetensors::load(data(&format!("{file}_golden.safetensors")), &Device::Cpu)?;
-            let prefix = format!("{name}/");
-            Ok(all.into_iter().filter_map(|(k, t)| Some((k.strip_prefix(&prefix)?.to_string(), t))).collect())
-        };
-        Ok(Self { model: part(file)?, prompt: part("prompt")? })
-    }
-
-    fn vb(&self) -> VarBuilder<'static> {
-        VarBuilder::from_tensors(self.model.clone(), DType::F32, &Device::Cpu)
+        Ok(Self { model: golden(file, name)?, prompt: golden("prompt", name)? })
     }
 
     fn input(&self, name: &str, dtype: DType) -> Outcome<Tensor> {
@@ -54,7 +43,7 @@ impl Golden {
 
     /// Checks loss and gradient on every path of the ops.
     fn check(&self, params: &Params, loss: impl Fn(&Context) -> Outcome<Tensor>) -> Outcome {
-        for path in [OpPath::Fused, OpPath::Composed, OpPath::Reference] {
+        for path in OpPath::ALL {
             let loss = loss(&Context::from(Pass::Mean).with_path(path))?;
             assert_close(&loss, &self.prompt["loss"].squeeze(0)?, 1e-5)?;
             let grads = loss.backward()?;
@@ -65,17 +54,17 @@ impl Golden {
     }
 }
 
-fn data(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
-}
-
 #[test]
 fn classifiers_with_virtual_tokens_are_pefts() -> Outcome {
     for name in ["roberta", "bert"] {
         let golden = Golden::open("transformers", name)?;
         let config = RobertaConfig::from_file(&data(&format!("toy_{name}_config.json")))?;
-        let mut model =
-            RobertaForSequenceClassification::load(golden.vb(), golden.vb(), &config, Noise::new(0))?;
+        let mut model = RobertaForSequenceClassification::load(
+            vb(&golden.model, DType::F32),
+            vb(&golden.model, DType::F32),
+            &config,
+            Noise::new(0),
+        )?;
         let (ids, mask) =
             (golden.input("input_ids", DType::U32)?, golden.input("attention_mask", DType::U8)?);
         let types = golden.model.get("token_type_ids").map(|types| types.to_dtype(DType::U32)).transpose()?;
@@ -99,7 +88,7 @@ fn classifiers_with_virtual_tokens_are_pefts() -> Outcome {
 fn a_decoder_with_virtual_tokens_is_pefts_with_a_cache_or_without() -> Outcome {
     let golden = Golden::open("llama", "toy_llama")?;
     let config = DecoderConfig::from_file(&data("toy_llama_config.json"))?;
-    let mut model = DecoderForCausalLM::load(golden.vb(), &config, Noise::new(0))?;
+    let mut model = DecoderForCausalLM::load(vb(&golden.model, DType::F32), &config, Noise::new(0))?;
     let (ids, mask) = (golden.input("input_ids", DType::U32)?, golden.input("attention_mask", DType::U8)?);
     let params = golden.tune(&mut model)?;
     assert_eq!(model.max_length(), 64 - 3);
@@ -154,7 +143,7 @@ fn under_left_padding_virtual_tokens_learn_what_they_learn_from_each_row_alone()
         let size = expected.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
         // Rotary angles depend on the column and are rounded to single precision.
         let tolerance = if dtype == DType::F64 { 1e-7 } else { 1e-5 };
-        for path in [OpPath::Fused, OpPath::Composed, OpPath::Reference] {
+        for path in OpPath::ALL {
             let got = gradient(&ids, &mask, path)?;
             assert_close(&got, &expected, tolerance * (1.0 + size)).map_err(|e| format!("{path:?}: {e}"))?;
         }
@@ -205,7 +194,7 @@ fn a_half_width_base_sums_the_gradients_of_rows_in_single_precision() -> Outcome
 fn virtual_tokens_start_from_words_and_stand_once() -> Outcome {
     let golden = Golden::open("llama", "toy_llama")?;
     let config = DecoderConfig::from_file(&data("toy_llama_config.json"))?;
-    let mut model = DecoderForCausalLM::load(golden.vb(), &config, Noise::new(0))?;
+    let mut model = DecoderForCausalLM::load(vb(&golden.model, DType::F32), &config, Noise::new(0))?;
     let before = model.max_length();
     let params = Params::new(Noise::new(5), &Device::Cpu);
     let embedding = model.embedding_mut().ok_or("no place for a prompt")?;

@@ -36,6 +36,24 @@ pub fn case(name: &str) -> Option<PathBuf> {
     found
 }
 
+/// A file or folder of `tests/data`.
+pub fn data(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
+/// The tensors of `tests/data/{file}_golden.safetensors` whose names begin with `prefix/`, without it.
+pub fn golden(file: &str, prefix: &str) -> Outcome<HashMap<String, Tensor>> {
+    let path = data(&format!("{file}_golden.safetensors"));
+    let all = candle_core::safetensors::load(path, &Device::Cpu)?.into_iter();
+    let prefix = format!("{prefix}/");
+    Ok(all.filter_map(|(name, t)| Some((name.strip_prefix(&prefix)?.to_string(), t))).collect())
+}
+
+/// These tensors as weights of a model.
+pub fn vb(tensors: &HashMap<String, Tensor>, dtype: DType) -> VarBuilder<'static> {
+    VarBuilder::from_tensors(tensors.clone(), dtype, &Device::Cpu)
+}
+
 /// A configuration with three labels, two layers, and all widths different.
 pub fn toy_config(family: Family) -> RobertaConfig {
     let (pad, types) = match family {
