@@ -10,7 +10,7 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::save_gguf;
 use serde_json::{json, Value};
 
-use crate::kill::example;
+use crate::support::programs::example;
 use crate::support::{asset, Outcome};
 
 /// The model's end token is no special token of the text: `</s>` and `<s>` are.

@@ -6,7 +6,7 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::{json, Value};
 
-use crate::kill::{example, glue};
+use crate::support::programs::{example, glue, sst2};
 use crate::support::{asset, skipped, Outcome};
 
 /// The example and a small task.
@@ -18,11 +18,7 @@ struct Home {
 impl Home {
     fn new() -> Outcome<Self> {
         let dir = tempfile::tempdir()?;
-        for (file, rows) in [("train.tsv", 8), ("dev.tsv", 4)] {
-            let text = fs::read_to_string(asset("sst2").join(file))?;
-            let head: String = text.split_inclusive('\n').take(rows + 1).collect();
-            fs::write(dir.path().join(file), head)?;
-        }
+        sst2(dir.path(), 8, 4)?;
         Ok(Self { dir, glue: glue()? })
     }
 

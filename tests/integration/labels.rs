@@ -19,9 +19,9 @@ use monteclora::train::{batches, Classifier, Method, MethodInit, Predictions};
 use monteclora::{Labels, MonteCLoRAConfig, Noise, Pass};
 use serde_json::{json, Value};
 
-use crate::finetune::rows;
 use crate::live_peft::python;
-use crate::llama::toy_json;
+use crate::support::checkpoints::{self, rows};
+use crate::support::decoders::toy_json;
 use crate::support::{asset, case, scatter, skipped, toy_config, toy_weights, Outcome};
 
 const KINDS: [&str; 3] = ["roberta", "bert", "llama"];
@@ -272,7 +272,7 @@ fn strange_names_are_told_and_numbers_are_not() -> Outcome {
     assert_eq!(note("b", Some(names(["LABEL_0", "LABEL_1", "LABEL_2"])))?, None);
     assert_eq!(note("c", None)?, None);
     // Without a head in the checkpoint, the order of its names does not matter.
-    let files = crate::finetune::checkpoint(dir.path())?;
+    let files = checkpoints::checkpoint(dir.path())?;
     let mut json: Value = serde_json::from_str(&std::fs::read_to_string(files.config_path())?)?;
     json["id2label"] = json!({ "0": "x", "1": "y", "2": "z" });
     let before = says(&load(&files, Task::Mnli, &fresh(lora()))?)?;

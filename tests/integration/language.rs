@@ -18,7 +18,7 @@ use monteclora::train::{fit, held_out_loss, CausalTuning, Method, MethodInit, Tr
 use monteclora::{Noise, Params, Pass};
 use serde_json::{json, Value};
 
-use crate::finetune::Log;
+use crate::support::checkpoints::Log;
 use crate::support::{asset, small, Outcome};
 
 /// Questions with a choice of two or three numbers, in the format of instruction data.

@@ -20,7 +20,7 @@ use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat
 use monteclora::{DrawNoise, MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass, Posterior, Regularizer};
 
 use crate::families::{Golden, FAMILIES};
-use crate::llama::toy_json;
+use crate::support::decoders::toy_json;
 use crate::support::{assert_close, scatter, skipped, toy_config, toy_weights, Outcome};
 
 /// An interpreter with all required packages, or the reason why there is none.

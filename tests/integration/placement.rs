@@ -15,8 +15,8 @@ use monteclora::{Noise, Params};
 
 use crate::causal;
 use crate::decoders::{Golden, FAMILIES};
-use crate::finetune::Log;
-use crate::llama::{frozen_at, toy_json};
+use crate::support::checkpoints::Log;
+use crate::support::decoders::{frozen_at, toy_json};
 use crate::support::{vb, Outcome};
 
 /// A transfer: from which place to which, whether it is a gradient, and the shape of the tensor.

@@ -11,8 +11,7 @@ use monteclora::models::roberta::{Family, RobertaConfig, RobertaForSequenceClass
 use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
 
-use crate::llama;
-use crate::support::{assert_close, data, golden, toy_classifier, toy_config, vb, Outcome};
+use crate::support::{assert_close, data, decoders, golden, toy_classifier, toy_config, vb, Outcome};
 
 const PROMPT: &str = "prompt.default";
 
@@ -122,8 +121,8 @@ fn a_decoder_with_virtual_tokens_is_pefts_with_a_cache_or_without() -> Outcome {
 #[test]
 fn under_left_padding_virtual_tokens_learn_what_they_learn_from_each_row_alone() -> Outcome {
     for dtype in [DType::F64, DType::F32] {
-        let (mut model, _) = llama::frozen(&llama::toy_config(true)?, dtype)?;
-        let prompt = llama::prompted(&mut model, 3, dtype)?.get(PROMPT).ok_or("no prompt")?.var;
+        let (mut model, _) = decoders::frozen(&decoders::toy_config(true)?, dtype)?;
+        let prompt = decoders::prompted(&mut model, 3, dtype)?.get(PROMPT).ok_or("no prompt")?.var;
         // Over real tokens only; different weights, so that tokens cannot be mistaken for each other.
         let gradient = |ids: &Tensor, mask: &Tensor, path: OpPath| -> Outcome<Tensor> {
             let cx = Context::from(Pass::Mean).with_path(path);
@@ -132,12 +131,12 @@ fn under_left_padding_virtual_tokens_learn_what_they_learn_from_each_row_alone()
             let loss = hidden.sqr()?.sin()?.sum(2)?.mul(&weight)?.sum_all()?;
             Ok(loss.backward()?.get(&prompt).ok_or("no gradient")?.clone())
         };
-        let (ids, mask) = llama::padded(true)?;
+        let (ids, mask) = decoders::padded(true)?;
         // A fourth row that is only padding must not affect the others.
         let (ids, mask) = (ids.pad_with_zeros(0, 0, 1)?, mask.pad_with_zeros(0, 0, 1)?);
         let mut expected = prompt.zeros_like()?;
-        for row in llama::ROWS {
-            let (ids, mask) = llama::one_row(row)?;
+        for row in decoders::ROWS {
+            let (ids, mask) = decoders::one_row(row)?;
             expected = (expected + gradient(&ids, &mask, OpPath::Fused)?)?;
         }
         let size = expected.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
@@ -154,7 +153,7 @@ fn under_left_padding_virtual_tokens_learn_what_they_learn_from_each_row_alone()
 #[test]
 fn an_encoder_that_numbers_real_tokens_is_free_of_its_padding_s_side() -> Outcome {
     let (mut model, _) = toy_classifier(&toy_config(Family::Roberta), Role::Head, DType::F32)?;
-    llama::prompted(&mut model, 3, DType::F32)?;
+    decoders::prompted(&mut model, 3, DType::F32)?;
     let pad = |row: &[u32], with: u32, left: bool| {
         let padding = vec![with; 7 - row.len()];
         if left {
@@ -165,8 +164,8 @@ fn an_encoder_that_numbers_real_tokens_is_free_of_its_padding_s_side() -> Outcom
     };
     let logits = |left: bool| -> Outcome<Tensor> {
         // Without the first id of each row, 1, which is this model's padding.
-        let rows = llama::ROWS.map(|row| pad(&row[1..], 1, left)).concat();
-        let real = llama::ROWS.map(|row| pad(&vec![1; row.len() - 1], 0, left)).concat();
+        let rows = decoders::ROWS.map(|row| pad(&row[1..], 1, left)).concat();
+        let real = decoders::ROWS.map(|row| pad(&vec![1; row.len() - 1], 0, left)).concat();
         let ids = Tensor::from_vec(rows, (3, 7), &Device::Cpu)?;
         let mask = Tensor::from_vec(real, (3, 7), &Device::Cpu)?.to_dtype(DType::U8)?;
         Ok(model.forward(&ids, None, &mask, &Pass::Mean.into())?)

@@ -18,7 +18,7 @@ use monteclora::train::{fit, held_out_loss, CausalTuning, Method, MethodInit, Tr
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 use tokenizers::Tokenizer;
 
-use crate::finetune::Log;
+use crate::support::checkpoints::Log;
 use crate::support::{asset, Outcome};
 
 fn load(
