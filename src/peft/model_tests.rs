@@ -194,7 +194,11 @@ fn of_a_model_that_sees_images_only_the_decoder_is_written_and_read() -> Result<
         assert_eq!(other.outputs(Pass::Mean)?, one.outputs(Pass::Mean)?);
     }
     // In any other model, the layer of the vision part is unknown.
-    assert!(load(&wide, &mut Toy::new(1)?, "default").is_err());
+    let mut other = file(&Toy::adapted([3, 3, 0], &paper())?, &paper())?;
+    other.config.target_modules = Some(TargetModules::Names(vec!["query".into(), "q_proj".into()]));
+    other.layers.insert(seeing.into(), written.layers[&paths[0][0]].clone());
+    let error = load(&other, &mut Toy::new(1)?, "default").unwrap_err().to_string();
+    assert!(error.starts_with(&format!("no layer matches {seeing}; ")), "{error}");
     Ok(())
 }
 

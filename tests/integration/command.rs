@@ -143,7 +143,8 @@ fn a_run_of_no_epoch_measures_and_replaces_nothing() -> Outcome {
     // A refused run leaves the file that describes the input of the earlier run's model.
     let input = || fs::read_to_string(home.out("run").join("input.json"));
     let before = input()?;
-    assert!(home.run("run", "--method lora --rank 2 --max-length 16").is_err());
+    let error = home.run("run", "--method lora --rank 2 --max-length 16").unwrap_err().to_string();
+    assert!(error.contains("resume it, or give another folder"), "{error}");
     assert_eq!(input()?, before);
     for options in ["--method lora --rank 2 --epochs 0", "--method lora --rank 2 --epochs 0 --resume"] {
         let error = home.run("run", options).unwrap_err().to_string();
