@@ -13,7 +13,7 @@ pub mod labels;
 pub mod noise;
 pub mod ops;
 pub mod special;
-#[cfg(all(test, feature = "train"))]
+#[cfg(all(test, any(feature = "cuda", feature = "train")))]
 mod testing;
 pub mod util;
 

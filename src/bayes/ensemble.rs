@@ -215,11 +215,16 @@ mod tests {
         set(&params, 200.0)?;
         ensemble.push(&params)?;
         set(&params, 3.0)?;
-        assert!(ensemble.probabilities(&model, &params, &batches).is_err());
+        let error = ensemble.probabilities(&model, &params, &batches).unwrap_err().to_string();
+        assert!(error.contains("too large"), "{error}");
         assert_eq!(logits(&model, &batches, &Pass::Mean.into())?[0][0], 6.0);
+        // After a member that fits.
+        let mut ensemble = Ensemble::new();
+        ensemble.push(&params)?;
         ensemble.push_snapshot(BTreeMap::from([("other".to_string(), Tensor::new(1f64, &Device::Cpu)?)]));
         assert_eq!(ensemble.len(), 2);
-        assert!(ensemble.probabilities(&model, &params, &batches).is_err());
+        let error = ensemble.probabilities(&model, &params, &batches).unwrap_err().to_string();
+        assert!(error.contains("tensor other: there is no parameter of this name"), "{error}");
         assert_eq!(logits(&model, &batches, &Pass::Mean.into())?[0][0], 6.0);
         Ok(())
     }

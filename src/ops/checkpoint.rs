@@ -98,7 +98,7 @@ mod tests {
         };
         let params = [a.as_tensor().clone(), b.as_tensor().clone(), unused.as_tensor().clone()];
         let weight = random("weight", &[4, 6])?;
-        for path in [OpPath::Fused, OpPath::Composed, OpPath::Reference] {
+        for path in OpPath::ALL {
             for xs in [input.as_tensor().clone(), input.as_detached_tensor()] {
                 let whole = block(&xs, path)?;
                 let again = block.clone();

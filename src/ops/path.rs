@@ -31,6 +31,11 @@ pub enum OpPath {
     Reference,
 }
 
+impl OpPath {
+    /// Every path.
+    pub const ALL: [Self; 3] = [Self::Fused, Self::Composed, Self::Reference];
+}
+
 /// The code that computes an operation on given tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Implementation {

@@ -180,7 +180,7 @@ mod tests {
         for dim in [2, 3000] {
             let data = Tensor::arange(0f32, (12 * dim) as f32, &device)?.reshape((dim, 12))?.t()?;
             let xs = Var::from_tensor(&data.reshape((4, 3, dim))?)?;
-            for path in [OpPath::Fused, OpPath::Composed, OpPath::Reference] {
+            for path in OpPath::ALL {
                 let taken = rows.take(&xs, path)?;
                 let back = rows.put(&(&taken * 2.0)?, path)?;
                 let flags = mask.flatten_all()?.to_dtype(DType::F32)?.unsqueeze(1)?;

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;
 
 use super::*;
-use crate::adapter::{AdaptableLinear, AdaptableModel, Params, Pass, Prior, Role};
+use crate::adapter::{linears, AdaptableLinear, AdaptableModel, Params, Pass, Prior, Role};
 use crate::adapters::{Lora, LoraConfig};
 use crate::error::{Error, Result};
 use crate::monteclora::{EvidenceBound, MonteCLoRA, MonteCLoRAConfig};
@@ -68,17 +68,7 @@ impl Toy {
 }
 
 impl AdaptableModel for Toy {
-    fn default_targets(&self) -> &'static [&'static str] {
-        &[]
-    }
-
-    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
-        self.layers.iter().try_for_each(f)
-    }
-
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
-        self.layers.iter_mut().try_for_each(f)
-    }
+    linears!(layers);
 }
 
 fn paper() -> MonteCLoRAConfig {
@@ -204,7 +194,11 @@ fn of_a_model_that_sees_images_only_the_decoder_is_written_and_read() -> Result<
         assert_eq!(other.outputs(Pass::Mean)?, one.outputs(Pass::Mean)?);
     }
     // In any other model, the layer of the vision part is unknown.
-    assert!(load(&wide, &mut Toy::new(1)?, "default").is_err());
+    let mut other = file(&Toy::adapted([3, 3, 0], &paper())?, &paper())?;
+    other.config.target_modules = Some(TargetModules::Names(vec!["query".into(), "q_proj".into()]));
+    other.layers.insert(seeing.into(), written.layers[&paths[0][0]].clone());
+    let error = load(&other, &mut Toy::new(1)?, "default").unwrap_err().to_string();
+    assert!(error.starts_with(&format!("no layer matches {seeing}; ")), "{error}");
     Ok(())
 }
 

@@ -68,19 +68,13 @@ mod tests {
     use candle_core::{DType, Device, Tensor};
 
     use super::*;
-    use crate::adapter::{AdaptableLinear, BaseLinear};
+    use crate::adapter::{linears, AdaptableLinear, BaseLinear};
     use crate::ops::QuantizedWeight;
 
     struct Layers(Vec<AdaptableLinear>);
 
     impl AdaptableModel for Layers {
-        fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
-            self.0.iter().try_for_each(f)
-        }
-
-        fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
-            self.0.iter_mut().try_for_each(f)
-        }
+        linears!(0);
     }
 
     fn dense(dtype: DType) -> BaseLinear {

@@ -7,13 +7,18 @@ use std::path::Path;
 
 use crate::text::{behind, blanked, tokens, without_tests, Token};
 
-/// The text of every file, by its path under `src/`, such as `ops/linear.rs`.
+/// The text of every file, by its path under a folder: `ops/linear.rs` under `src`.
 pub type Files = BTreeMap<String, String>;
 
 /// The sources of this crate.
 pub fn sources() -> Files {
+    sources_of("src")
+}
+
+/// The sources in a folder of the repository.
+pub fn sources_of(folder: &str) -> Files {
     let mut files = Files::new();
-    read(&root().join("src"), "", &mut files);
+    read(&root().join(folder), "", &mut files);
     files
 }
 
@@ -26,6 +31,9 @@ fn read(dir: &Path, prefix: &str, files: &mut Files) {
     for entry in std::fs::read_dir(dir).expect("a folder of sources") {
         let path = entry.expect("an entry").path();
         let name = format!("{prefix}{}", path.file_name().expect("a name").to_string_lossy());
+        if path.ends_with("target") {
+            continue; // what cargo builds of the package examples/serve
+        }
         if path.is_dir() {
             read(&path, &format!("{name}/"), files);
         } else if name.ends_with(".rs") {

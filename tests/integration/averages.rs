@@ -11,7 +11,7 @@ use monteclora::{MonteCLoRAConfig, Pass};
 
 use crate::causal;
 use crate::eval::{encoder, question};
-use crate::llama::{frozen, toy_config};
+use crate::support::decoders::{frozen, toy_config};
 use crate::support::{scatter, Outcome};
 
 const DRAWS: [Pass; 2] = [Pass::Posterior { draw: 0 }, Pass::Posterior { draw: 2 }];

@@ -16,8 +16,8 @@ use monteclora::train::{
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass, ReleasedWalk, ScalerSchedule};
 
 use crate::causal;
-use crate::finetune::{checkpoint, rows, Log};
-use crate::llama::{frozen, toy_config};
+use crate::support::checkpoints::{checkpoint, rows, Log};
+use crate::support::decoders::{frozen, toy_config};
 use crate::support::{scatter, Outcome};
 
 /// A configuration with a learning rate of 0: all changes come from the method, none from the optimiser.

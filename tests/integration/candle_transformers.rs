@@ -2,8 +2,8 @@
 //! from a saved folder and in memory; and a test shows why they cannot be trained themselves.
 
 use crate::encoders::xlm_config;
-use crate::finetune::{checkpoint, llama_checkpoint};
-use crate::llama::one_row;
+use crate::support::checkpoints::{checkpoint, llama_checkpoint};
+use crate::support::decoders::one_row;
 use crate::support::{assert_close, padded_batch, scatter, toy_config, Outcome};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};

@@ -13,8 +13,8 @@ use monteclora::peft::{AdapterFile, AdapterMetadata};
 use monteclora::train::{causal_loss, fit, held_out_loss, CausalTuning, Method, MethodInit, TrainConfig};
 use monteclora::{EvidenceBound, MonteCLoRAConfig, Noise, Params, Pass, Prior, PriorForm};
 
-use crate::finetune::Log;
-use crate::llama::{frozen, toy_config};
+use crate::support::checkpoints::Log;
+use crate::support::decoders::{frozen, toy_config};
 use crate::support::{scatter, Outcome};
 
 /// Rows that count upwards by a step that the second token encodes; the first two tokens are the prompt.

@@ -10,9 +10,8 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::save_gguf;
 use serde_json::{json, Value};
 
-use crate::kill::example;
-use crate::stories::asset;
-use crate::support::Outcome;
+use crate::support::programs::example;
+use crate::support::{asset, Outcome};
 
 /// The model's end token is no special token of the text: `</s>` and `<s>` are.
 const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}
@@ -27,11 +26,10 @@ struct Home {
 }
 
 impl Home {
-    fn new() -> Outcome<Option<Self>> {
-        let Some(bundled) = asset("stories260k") else { return Ok(None) };
+    fn new() -> Outcome<Self> {
         let home = Self { dir: tempfile::tempdir()? };
         fs::create_dir(home.model())?;
-        for entry in fs::read_dir(bundled)? {
+        for entry in fs::read_dir(asset("stories260k"))? {
             let path = entry?.path();
             fs::copy(&path, home.model().join(path.file_name().ok_or("a name")?))?;
         }
@@ -39,7 +37,7 @@ impl Home {
         let chat = json!({"messages": [turn("user", "Who are you ?"), turn("assistant", "A little dog ."),
             turn("user", "Who is he ?"), turn("assistant", "He is a big cat .")]});
         fs::write(home.at("chats.jsonl"), format!("{chat}\n").repeat(40))?;
-        Ok(Some(home))
+        Ok(home)
     }
 
     fn at(&self, name: &str) -> PathBuf {
@@ -69,7 +67,7 @@ fn told(output: &Output) -> Outcome<(String, String)> {
 
 #[test]
 fn a_language_model_learns_what_the_assistant_says_in_conversations() -> Outcome {
-    let Some(home) = Home::new()? else { return Ok(()) };
+    let home = Home::new()?;
     let llama = example("llama")?;
     let (template, out) = (home.at("template.jinja"), home.at("out"));
     let (template, out) = (template.to_str().ok_or("a path")?, out.to_str().ok_or("a path")?);
@@ -107,7 +105,7 @@ fn a_language_model_learns_what_the_assistant_says_in_conversations() -> Outcome
 
 #[test]
 fn a_file_in_gguf_has_the_template_that_is_named_default_and_gives_it_back() -> Outcome {
-    let Some(home) = Home::new()? else { return Ok(()) };
+    let home = Home::new()?;
     let path = home.model().join("tokenizer_config.json");
     let mut settings: Value = serde_json::from_slice(&fs::read(&path)?)?;
     settings["chat_template"] =

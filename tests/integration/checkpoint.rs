@@ -11,8 +11,7 @@ use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
 use monteclora::ops::{self, OpPath};
 use monteclora::{MonteCLoRAConfig, Pass};
 
-use crate::support::{assert_close, padded_batch, scatter, toy_classifier, toy_config, Outcome};
-use crate::{llama, support};
+use crate::support::{assert_close, decoders, padded_batch, scatter, toy_classifier, toy_config, Outcome};
 
 /// The value of a loss and the gradient of every trainable parameter.
 fn gradients(params: &Params, loss: &Tensor) -> Outcome<(f64, BTreeMap<String, Tensor>)> {
@@ -34,8 +33,7 @@ fn compare(params: &Params, mut loss: impl FnMut(bool, OpPath) -> Outcome<Tensor
         assert_eq!(plain.len(), again.len());
         for (name, grad) in &plain {
             let size = grad.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-            support::assert_close(&again[name], grad, 1e-12 * (1.0 + size))
-                .map_err(|e| format!("{name}: {e}"))?;
+            assert_close(&again[name], grad, 1e-12 * (1.0 + size)).map_err(|e| format!("{name}: {e}"))?;
         }
     }
     Ok(())
@@ -78,8 +76,8 @@ fn an_encoder_s_gradients_are_the_same_under_every_method() -> Outcome {
 
 #[test]
 fn a_decoder_s_gradients_are_the_same_and_prediction_is_left_alone() -> Outcome {
-    let config = llama::toy_config(true)?;
-    let (mut model, params) = llama::frozen(&config, DType::F64)?;
+    let config = decoders::toy_config(true)?;
+    let (mut model, params) = decoders::frozen(&config, DType::F64)?;
     let method = MonteCLoRAConfig { rank: 3, sample_scaler: 0.3, ..Default::default() };
     inject::monteclora(&mut model, &Targets::parse("all-linear")?, &method, &params)?;
     scatter(&params)?;
@@ -98,11 +96,11 @@ fn a_decoder_s_gradients_are_the_same_and_prediction_is_left_alone() -> Outcome 
 
 #[test]
 fn virtual_tokens_get_their_gradient_through_a_checkpointed_decoder_whatever_the_base() -> Outcome {
-    let (ids, mask) = llama::padded(true)?;
+    let (ids, mask) = decoders::padded(true)?;
     for base in [DType::F64, DType::F32, DType::BF16] {
-        let (mut model, _) = llama::frozen(&llama::toy_config(true)?, base)?;
+        let (mut model, _) = decoders::frozen(&decoders::toy_config(true)?, base)?;
         let store = if base == DType::F64 { DType::F64 } else { DType::F32 };
-        let params = llama::prompted(&mut model, 2, store)?;
+        let params = decoders::prompted(&mut model, 2, store)?;
         compare(&params, |on, path| {
             model.set_checkpoint_layers(on);
             let cx = Context::from(Pass::Train { draw: 3 }).with_path(path);

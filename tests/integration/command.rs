@@ -1,13 +1,13 @@
 //! The examples `glue` and `llama` on the command line: help, options without effect, closed or full outputs, logs.
 
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::{json, Value};
 
-use crate::kill::{example, glue};
-use crate::support::{skipped, Outcome};
+use crate::support::programs::{example, glue, sst2};
+use crate::support::{asset, skipped, Outcome};
 
 /// The example and a small task.
 struct Home {
@@ -18,11 +18,7 @@ struct Home {
 impl Home {
     fn new() -> Outcome<Self> {
         let dir = tempfile::tempdir()?;
-        for (file, rows) in [("train.tsv", 8), ("dev.tsv", 4)] {
-            let text = fs::read_to_string(asset("sst2").join(file))?;
-            let head: String = text.split_inclusive('\n').take(rows + 1).collect();
-            fs::write(dir.path().join(file), head)?;
-        }
+        sst2(dir.path(), 8, 4)?;
         Ok(Self { dir, glue: glue()? })
     }
 
@@ -54,11 +50,6 @@ fn said(output: Output) -> Outcome<String> {
     } else {
         Err(format!("{}: {text}", output.status).into())
     }
-}
-
-/// The path of a bundled folder.
-fn asset(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets").join(name)
 }
 
 /// The write end of a pipe without a reader.
@@ -152,7 +143,8 @@ fn a_run_of_no_epoch_measures_and_replaces_nothing() -> Outcome {
     // A refused run leaves the file that describes the input of the earlier run's model.
     let input = || fs::read_to_string(home.out("run").join("input.json"));
     let before = input()?;
-    assert!(home.run("run", "--method lora --rank 2 --max-length 16").is_err());
+    let error = home.run("run", "--method lora --rank 2 --max-length 16").unwrap_err().to_string();
+    assert!(error.contains("resume it, or give another folder"), "{error}");
     assert_eq!(input()?, before);
     for options in ["--method lora --rank 2 --epochs 0", "--method lora --rank 2 --epochs 0 --resume"] {
         let error = home.run("run", options).unwrap_err().to_string();

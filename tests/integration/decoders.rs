@@ -2,10 +2,9 @@
 //! `tests/data/make_decoders_golden.py`), and of cache, gradients and adapters for consistency.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 
 use crate::gradients::check;
-use crate::support::{assert_close, scatter, Outcome};
+use crate::support::{assert_close, data, scatter, vb, Outcome};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use monteclora::adapter::{AdaptableModel, Context, Params, Pass, Role};
@@ -22,35 +21,27 @@ use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
 use monteclora::{MonteCLoRAConfig, Regularizer};
 use serde_json::{json, Value};
 
-const PATHS: [OpPath; 3] = [OpPath::Fused, OpPath::Composed, OpPath::Reference];
 pub const FAMILIES: [&str; 7] = ["qwen2", "qwen3", "mistral", "smollm3", "phi3", "gemma2", "gemma3_text"];
-
-fn data(file: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/decoders").join(file)
-}
 
 /// The configuration of a toy model of this family.
 pub fn toy_json(family: &str) -> Outcome<Value> {
-    Ok(serde_json::from_str(&std::fs::read_to_string(data(&format!("{family}.json")))?)?)
+    Ok(serde_json::from_str(&std::fs::read_to_string(data(&format!("decoders/{family}.json")))?)?)
 }
 
 pub struct Golden {
-    tensors: HashMap<String, Tensor>,
+    pub tensors: HashMap<String, Tensor>,
     pub config: DecoderConfig,
 }
 
 impl Golden {
     pub fn open(family: &str) -> Outcome<Self> {
-        let tensors = candle_core::safetensors::load(data(&format!("{family}.safetensors")), &Device::Cpu)?;
-        Ok(Self { tensors, config: DecoderConfig::from_file(&data(&format!("{family}.json")))? })
-    }
-
-    pub fn vb(&self, dtype: DType) -> VarBuilder<'static> {
-        VarBuilder::from_tensors(self.tensors.clone(), dtype, &Device::Cpu)
+        let weights = data(&format!("decoders/{family}.safetensors"));
+        let tensors = candle_core::safetensors::load(weights, &Device::Cpu)?;
+        Ok(Self { tensors, config: DecoderConfig::from_file(&data(&format!("decoders/{family}.json")))? })
     }
 
     fn model(&self, dtype: DType) -> Outcome<DecoderForCausalLM> {
-        Ok(DecoderForCausalLM::load(self.vb(dtype), &self.config, Noise::new(0))?)
+        Ok(DecoderForCausalLM::load(vb(&self.tensors, dtype), &self.config, Noise::new(0))?)
     }
 
     /// Ids and attention mask, padded on one side.
@@ -78,7 +69,9 @@ fn logits_are_those_of_transformers_with_padding_on_either_side() -> Outcome {
         for (dtype, tolerance) in [DType::F32, DType::F64].map(|dtype| (dtype, 5e-5)) {
             let model = golden.model(dtype)?;
             let mut worst = 0f64;
-            for (side, path) in ["", "left_"].into_iter().flat_map(|side| PATHS.map(|path| (side, path))) {
+            for (side, path) in
+                ["", "left_"].into_iter().flat_map(|side| OpPath::ALL.map(|path| (side, path)))
+            {
                 let (ids, mask) = golden.inputs(side)?;
                 let logits = model.logits(&ids, &mask, &Context::from(Pass::Mean).with_path(path))?;
                 worst = worst.max(golden.difference(&logits, side, 0)?);
@@ -132,7 +125,7 @@ fn no_switch_can_be_turned_unseen() -> Outcome {
         for (i, fault) in faults.iter().enumerate() {
             let mut config = golden.config.clone();
             fault(&mut config);
-            let model = DecoderForCausalLM::load(golden.vb(DType::F32), &config, Noise::new(0))?;
+            let model = DecoderForCausalLM::load(vb(&golden.tensors, DType::F32), &config, Noise::new(0))?;
             let moved = golden.difference(&model.logits(&ids, &mask, &Pass::Mean.into())?, "", 0)?;
             assert!(moved > 1e-2, "{family}, fault {i}: {moved}");
         }
@@ -189,12 +182,12 @@ fn loss_and_gradients_are_those_of_transformers() -> Outcome {
     for family in FAMILIES {
         let golden = Golden::open(family)?;
         let params = Params::new(Noise::new(0), &Device::Cpu);
-        let vb = params.var_builder(Some(golden.vb(DType::F32)), Role::Base);
+        let vb = params.var_builder(Some(vb(&golden.tensors, DType::F32)), Role::Base);
         let model = DecoderForCausalLM::load(vb, &golden.config, Noise::new(0))?;
         let (ids, mask) = golden.inputs("")?;
         let t = ids.dim(1)?;
         let labels = golden.tensors["labels"].narrow(1, 1, t - 1)?.flatten_all()?;
-        for path in PATHS {
+        for path in OpPath::ALL {
             let cx = Context::from(Pass::Mean).with_path(path);
             let hidden = model.hidden(&ids, &mask, None, &cx)?;
             let hidden = hidden.narrow(1, 0, t - 1)?.contiguous()?.flatten_to(1)?;
@@ -220,7 +213,7 @@ fn the_classifier_gives_the_logits_of_transformers() -> Outcome {
     for family in FAMILIES {
         let golden = Golden::open(family)?;
         let (ids, mask) = golden.inputs("")?;
-        let (vb, config) = (golden.vb(DType::F32), &golden.config);
+        let (vb, config) = (vb(&golden.tensors, DType::F32), &golden.config);
         let model = DecoderForSequenceClassification::load(vb.clone(), vb, config, Noise::new(0))?;
         assert_eq!(config.num_labels, 3);
         assert_close(&model.forward(&ids, &mask, &Pass::Mean.into())?, &golden.tensors["cls_logits"], 5e-5)?;

@@ -16,8 +16,8 @@ use monteclora::train::{batches, fit, Classification, Classifier, Method, Method
 use monteclora::{cuda_device, KlEvaluation, Mixture, MonteCLoRAConfig, Noise, Pass, Prior};
 
 use crate::causal;
-use crate::finetune::{checkpoint, llama_checkpoint, logits_of, rows, Log};
 use crate::placement::run;
+use crate::support::checkpoints::{checkpoint, llama_checkpoint, logits_of, rows, Log};
 use crate::support::{assert_close, scatter, skipped, Outcome};
 
 fn methods() -> Vec<Method> {

@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use monteclora::noise::{Noise, Purpose};
 use serde_json::Value;
 
-use crate::kill::examples_with;
+use crate::support::programs::examples_with;
 use crate::support::{skipped, Outcome};
 
 /// The number of kills; the runs are long enough for some to hit each part of a step.

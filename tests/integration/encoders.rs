@@ -49,7 +49,7 @@ fn bert_config(config: &RobertaConfig) -> Outcome<bert::Config> {
 #[test]
 fn roberta_classifies_as_candle_transformers_does() -> Outcome {
     let config = toy_config(Family::Roberta);
-    let weights = toy_weights(&config, |vb, noise| {
+    let weights = toy_weights(|vb, noise| {
         RobertaForSequenceClassification::load(vb.clone(), vb, &config, noise).map(drop)
     })?;
     let (ids, types, mask) = padded_batch(&config)?;
@@ -67,7 +67,7 @@ fn roberta_classifies_as_candle_transformers_does() -> Outcome {
 #[test]
 fn roberta_names_masked_tokens_as_candle_transformers_does() -> Outcome {
     let config = toy_config(Family::Roberta);
-    let weights = toy_weights(&config, |vb, noise| RobertaForMaskedLM::load(vb, &config, noise).map(drop))?;
+    let weights = toy_weights(|vb, noise| RobertaForMaskedLM::load(vb, &config, noise).map(drop))?;
     let (ids, types, mask) = padded_batch(&config)?;
     let vb = frozen(&weights);
     let oracle = xlm_roberta::XLMRobertaForMaskedLM::new(&xlm_config(&config), vb.clone())?;
@@ -86,7 +86,7 @@ fn roberta_names_masked_tokens_as_candle_transformers_does() -> Outcome {
 #[test]
 fn bert_encodes_as_candle_transformers_does() -> Outcome {
     let config = toy_config(Family::Bert);
-    let weights = toy_weights(&config, |vb, noise| RobertaEncoder::load(&vb, &config, noise).map(drop))?;
+    let weights = toy_weights(|vb, noise| RobertaEncoder::load(&vb, &config, noise).map(drop))?;
     let (ids, types, mask) = padded_batch(&config)?;
     let oracle = bert::BertModel::load(frozen(&weights), &bert_config(&config)?)?;
     let expected = oracle.forward(&ids, &types, Some(&mask))?;
@@ -100,8 +100,7 @@ fn bert_encodes_as_candle_transformers_does() -> Outcome {
 #[test]
 fn bert_names_masked_tokens_as_candle_transformers_does() -> Outcome {
     let config = toy_config(Family::Bert);
-    let mut weights =
-        toy_weights(&config, |vb, noise| RobertaForMaskedLM::load(vb, &config, noise).map(drop))?;
+    let mut weights = toy_weights(|vb, noise| RobertaForMaskedLM::load(vb, &config, noise).map(drop))?;
     let (ids, types, mask) = padded_batch(&config)?;
     let t = ids.dim(1)?;
     let positions = Tensor::new(&[1u32, 2, t as u32 + 1, 2 * t as u32], &Device::Cpu)?;
@@ -122,7 +121,7 @@ fn bert_names_masked_tokens_as_candle_transformers_does() -> Outcome {
 #[test]
 fn the_norms_of_old_bert_checkpoints_are_called_gamma_and_beta() -> Outcome {
     let config = toy_config(Family::Bert);
-    let weights = toy_weights(&config, |vb, noise| {
+    let weights = toy_weights(|vb, noise| {
         RobertaForSequenceClassification::load(vb.clone(), vb, &config, noise).map(drop)
     })?;
     let old_name = |name: &str| {
@@ -154,7 +153,7 @@ fn the_norms_of_old_bert_checkpoints_are_called_gamma_and_beta() -> Outcome {
 fn a_checkpoint_loads_with_and_without_its_prefix() -> Outcome {
     for family in [Family::Roberta, Family::Bert] {
         let config = toy_config(family);
-        let weights = toy_weights(&config, |vb, noise| {
+        let weights = toy_weights(|vb, noise| {
             RobertaForSequenceClassification::load(vb.clone(), vb, &config, noise).map(drop)
         })?;
         let prefix = format!("{}.", family.prefix());
@@ -191,7 +190,7 @@ fn padding_does_not_change_a_prediction() -> Outcome {
 #[test]
 fn the_first_token_is_that_of_the_whole_whatever_the_padding() -> Outcome {
     let config = toy_config(Family::Roberta);
-    let weights = toy_weights(&config, |vb, noise| RobertaEncoder::load(&vb, &config, noise).map(drop))?;
+    let weights = toy_weights(|vb, noise| RobertaEncoder::load(&vb, &config, noise).map(drop))?;
     let model = RobertaEncoder::load(frozen(&weights), &config, Noise::new(0))?;
     let (ids, types, right) = padded_batch(&config)?;
     let full = Tensor::ones((3, 7), DType::U8, &Device::Cpu)?;
@@ -212,7 +211,7 @@ fn the_first_token_is_that_of_the_whole_whatever_the_padding() -> Outcome {
 #[test]
 fn a_checkpoint_that_does_not_fit_is_refused_by_the_tensor_at_fault() -> Outcome {
     let config = toy_config(Family::Roberta);
-    let weights = toy_weights(&config, |vb, noise| {
+    let weights = toy_weights(|vb, noise| {
         RobertaForSequenceClassification::load(vb.clone(), vb, &config, noise).map(drop)
     })?;
     let load = |weights: &HashMap<String, Tensor>| {

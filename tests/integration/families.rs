@@ -2,10 +2,9 @@
 //! `tests/data/make_encoders_golden.py`), and of gradients against finite differences.
 
 use std::collections::{BTreeSet, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
 use monteclora::adapter::{Context, Params, Pass, Role};
 use monteclora::adapters::{prompt_tuning, LoraConfig, PromptConfig};
 use monteclora::inject::{self, Targets};
@@ -20,10 +19,9 @@ use monteclora::{KlEvaluation, MonteCLoRAConfig, Regularizer};
 use serde_json::{json, Value};
 
 use crate::gradients::check;
-use crate::support::{assert_close, scatter, Outcome};
+use crate::support::{assert_close, data, golden, scatter, vb, Outcome};
 
 pub const FAMILIES: [&str; 4] = ["distilbert", "electra", "deberta", "modernbert"];
-const PATHS: [OpPath; 3] = [OpPath::Fused, OpPath::Composed, OpPath::Reference];
 
 /// One family's part of the golden file, and its configuration.
 pub struct Golden {
@@ -33,15 +31,8 @@ pub struct Golden {
 
 impl Golden {
     pub fn open(family: &str) -> Outcome<Self> {
-        let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data");
-        let all = candle_core::safetensors::load(dir.join("encoders_golden.safetensors"), &Device::Cpu)?;
-        let prefix = format!("{family}/");
-        let part = |(name, t): (String, Tensor)| Some((name.strip_prefix(&prefix)?.to_string(), t));
-        let config = std::fs::read(dir.join(format!("toy_{family}_config.json")))?;
-        Ok(Self {
-            tensors: all.into_iter().filter_map(part).collect(),
-            config: serde_json::from_slice(&config)?,
-        })
+        let config = std::fs::read(data(&format!("toy_{family}_config.json")))?;
+        Ok(Self { tensors: golden("encoders", family)?, config: serde_json::from_slice(&config)? })
     }
 
     /// Returns it with other settings.
@@ -79,19 +70,15 @@ impl Golden {
         Ok(SequenceConfig::from_file(&path, 3)?)
     }
 
-    fn vb(&self, dtype: DType) -> VarBuilder<'static> {
-        VarBuilder::from_tensors(self.tensors.clone(), dtype, &Device::Cpu)
-    }
-
     fn frozen(&self, dtype: DType) -> Outcome<Box<dyn SequenceClassifier>> {
-        Ok(self.config()?.load(self.vb(dtype), self.vb(dtype), Noise::new(0))?)
+        Ok(self.config()?.load(vb(&self.tensors, dtype), vb(&self.tensors, dtype), Noise::new(0))?)
     }
 
     /// A model with all weights trainable, or, with `Role::Head`, only the head.
     fn trained(&self, role: Role, dtype: DType) -> Outcome<(Box<dyn SequenceClassifier>, Params)> {
         let params = Params::with_dtype(Noise::new(6), dtype, &Device::Cpu);
-        let head = params.var_builder(Some(self.vb(dtype)), role);
-        let body = if role == Role::Base { head.clone() } else { self.vb(dtype) };
+        let head = params.var_builder(Some(vb(&self.tensors, dtype)), role);
+        let body = if role == Role::Base { head.clone() } else { vb(&self.tensors, dtype) };
         Ok((self.config()?.load(body, head, Noise::new(0))?, params))
     }
 
@@ -133,7 +120,7 @@ fn every_family_gives_the_logits_of_transformers() -> Outcome {
     for (family, golden, key) in variants()? {
         for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F64, 2e-6)] {
             let model = golden.frozen(dtype)?;
-            for path in PATHS {
+            for path in OpPath::ALL {
                 let logits = golden.logits(model.as_ref(), &Context::from(Pass::Mean).with_path(path))?;
                 assert_close(&logits, &golden.tensors[key], tolerance)
                     .map_err(|error| format!("{family}, {key}, {dtype:?}, {path:?}: {error}"))?;
@@ -185,7 +172,7 @@ fn gradients_are_those_of_transformers_kept_or_computed_again() -> Outcome {
         let (mut model, params) = golden.trained(Role::Base, DType::F32)?;
         for again in [false, true] {
             model.set_checkpoint_layers(again);
-            for path in PATHS {
+            for path in OpPath::ALL {
                 // In training, since layers are only recomputed in training.
                 let cx = Context::from(Pass::Train { draw: 0 }).with_path(path);
                 let loss = golden.loss(model.as_ref(), &cx)?;

@@ -1,7 +1,6 @@
 //! Fine-tuning end to end from a toy checkpoint on disk, with every method.
 
-use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::Role;
@@ -11,12 +10,8 @@ use monteclora::data::encode::Encoded;
 use monteclora::data::task::Label;
 use monteclora::inject::Targets;
 use monteclora::metrics::softmax;
-use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::hub::ModelFiles;
-use monteclora::models::roberta::{Family, RobertaForSequenceClassification};
-use monteclora::models::sequence::SequenceConfig;
 use monteclora::optim::{IvonConfig, Moments};
-use monteclora::peft::AdapterFile;
 use monteclora::predict::{logits, posterior_probabilities};
 use monteclora::train::{
     batches, fit, Classification, Classifier, Method, MethodInit, Objective, Observer, Predictions,
@@ -24,82 +19,10 @@ use monteclora::train::{
 };
 use monteclora::{EvidenceBound, MonteCLoRAConfig, Noise, Params, Pass, Prior, PriorForm};
 
-use crate::llama;
-use crate::support::{scatter, toy_config, toy_weights, Outcome};
-
-/// Writes the toy encoder's configuration and weights, without a head, into a folder.
-pub fn checkpoint(dir: &Path) -> Outcome<ModelFiles> {
-    let config = toy_config(Family::Roberta);
-    let weights = toy_weights(&config, |vb, noise| {
-        RobertaForSequenceClassification::load(vb.clone(), vb, &config, noise).map(drop)
-    })?;
-    let body = weights.into_iter().filter(|(name, _)| name.starts_with("roberta.")).collect();
-    candle_core::safetensors::save(&body, dir.join("model.safetensors"))?;
-    std::fs::write(dir.join("config.json"), serde_json::to_string(&config)?)?;
-    Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
-}
-
-/// Writes the weights of `files` under the names of a bare encoder.
-pub fn bare_checkpoint(files: &ModelFiles, dir: &Path) -> Outcome<ModelFiles> {
-    let weights = candle_core::safetensors::load(&files.weights()[0], &Device::Cpu)?;
-    let bare = |(name, tensor): (String, _)| (name.trim_start_matches("roberta.").to_string(), tensor);
-    let weights = weights.into_iter().map(bare).collect();
-    candle_core::safetensors::save(&weights, dir.join("model.safetensors"))?;
-    std::fs::copy(files.config_path(), dir.join("config.json"))?;
-    Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
-}
-
-/// Writes the toy decoder's configuration and weights, without a classification head, into a folder.
-pub fn llama_checkpoint(dir: &Path) -> Outcome<ModelFiles> {
-    let json = llama::toy_json(true);
-    let params = Params::new(Noise::new(5), &Device::Cpu);
-    let config = DecoderConfig::from_value(json.clone())?;
-    DecoderForCausalLM::load(params.var_builder(None, Role::Base), &config, Noise::new(0))?;
-    scatter(&params)?;
-    let body = params.all().into_iter().map(|(name, param)| (name, param.var.as_detached_tensor())).collect();
-    candle_core::safetensors::save(&body, dir.join("model.safetensors"))?;
-    std::fs::write(dir.join("config.json"), json.to_string())?;
-    Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
-}
-
-/// Rows of two kinds of tokens; the score is the share of one kind, the class whether it is above 0.34.
-pub fn rows(count: usize, regression: bool) -> Vec<Encoded> {
-    let row = |i: usize| {
-        let length = 4 + i % 5;
-        let mut ids = vec![0];
-        ids.extend((0..length).map(|j| if (i * 7 + j * j).is_multiple_of(3) { 10 } else { 20 }));
-        ids.push(2);
-        let share = ids.iter().filter(|id| **id == 10).count() as f32 / length as f32;
-        let label = if regression { Label::Score(share) } else { Label::Class(u32::from(share > 0.34)) };
-        Encoded { type_ids: vec![0; ids.len()], ids, label, row: i }
-    };
-    (0..count).map(row).collect()
-}
-
-#[derive(Default)]
-pub struct Log(pub Vec<StepRecord>);
-
-impl Observer for Log {
-    fn step(&mut self, record: &StepRecord) -> monteclora::Result<()> {
-        self.0.push(record.clone());
-        Ok(())
-    }
-
-    fn evaluate(&mut self, _: usize) -> monteclora::Result<Option<f64>> {
-        Ok(None)
-    }
-}
-
-fn methods() -> [Method; 3] {
-    let lora = LoraConfig { rank: 4, alpha: 8.0, ..LoraConfig::default() };
-    let bayes = MonteCLoRAConfig { rank: 4, alpha: 8.0, ..MonteCLoRAConfig::default() };
-    [Method::Lora(lora), Method::MonteCLoRA(bayes), Method::Full]
-}
-
-fn load(files: &ModelFiles, method: &Method, labels: usize) -> Outcome<Classifier> {
-    let start = MethodInit::Fresh(method.clone(), Targets::default());
-    Ok(Classifier::load(files, labels, &start, Noise::new(4), DType::F32, &Device::Cpu)?)
-}
+use crate::support::checkpoints::{
+    bare_checkpoint, checkpoint, llama_checkpoint, load, logits_of, methods, rows, Log,
+};
+use crate::support::{scatter, Outcome};
 
 fn train(classifier: &Classifier, rows: &[Encoded], epochs: usize) -> Outcome<Vec<StepRecord>> {
     let batcher = Batcher::new(8, true, Noise::new(4))?;
@@ -214,25 +137,6 @@ fn a_posterior_draw_is_the_same_weights_for_every_batch() -> Outcome {
     Ok(())
 }
 
-/// The logits of some rows, computed by a checkpoint, with an adapter on it if one is given.
-pub fn logits_of(files: &ModelFiles, adapter: Option<&Path>, rows: &[Encoded]) -> Outcome<Vec<Vec<f32>>> {
-    let config = SequenceConfig::from_file(files.config_path(), 2)?;
-    let params = Params::new(Noise::new(9), &Device::Cpu);
-    let vb = files.var_builder(DType::F32, &Device::Cpu)?;
-    let head = match adapter {
-        Some(_) => params.var_builder(Some(vb.clone()), Role::Head),
-        None => vb.clone(),
-    };
-    let mut model = config.load(vb, head, Noise::new(9))?;
-    if let Some(dir) = adapter {
-        AdapterFile::read(dir)?.apply(model.as_mut(), "default", &params)?;
-    }
-    let batch = Batch::collate(&rows.iter().collect::<Vec<_>>(), model.pad_id(), &Device::Cpu)?;
-    let logits =
-        model.logits(&batch.input_ids, &batch.token_type_ids, &batch.attention_mask, &Pass::Mean.into())?;
-    Ok(logits.to_vec2()?)
-}
-
 #[test]
 fn predictions_and_what_was_trained_are_written() -> Outcome {
     let dirs = [tempfile::tempdir()?, tempfile::tempdir()?, tempfile::tempdir()?];
@@ -279,78 +183,6 @@ fn predictions_and_what_was_trained_are_written() -> Outcome {
     let few = batches(&classifier, &rows[..9], 4)?;
     let error = Predictions::new(&classifier, &rows, &few, 0).map(drop).unwrap_err().to_string();
     assert!(error.contains("10 rows, but 9 in the batches"), "{error}");
-    Ok(())
-}
-
-#[test]
-fn a_checkpoint_with_a_hole_is_refused_by_every_method() -> Outcome {
-    let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
-    let name = "roberta.encoder.layer.1.attention.self.key.weight";
-    let files = changed(&checkpoint(dir.path())?, other.path(), |weights| {
-        weights.remove(name);
-        Ok(())
-    })?;
-    for method in methods() {
-        let error = load(&files, &method, 2).map(drop).unwrap_err().to_string();
-        assert!(error.contains(name), "{}: {error}", method.name());
-    }
-    Ok(())
-}
-
-/// Writes the checkpoint `whole` with changed weights into the folder `dir`.
-fn changed(
-    whole: &ModelFiles,
-    dir: &Path,
-    change: impl FnOnce(&mut HashMap<String, Tensor>) -> Outcome,
-) -> Outcome<ModelFiles> {
-    let mut weights = candle_core::safetensors::load(&whole.weights()[0], &Device::Cpu)?;
-    change(&mut weights)?;
-    candle_core::safetensors::save(&weights, dir.join("model.safetensors"))?;
-    std::fs::copy(whole.config_path(), dir.join("config.json"))?;
-    Ok(ModelFiles::locate(dir.to_str().ok_or("a path")?, None)?)
-}
-
-#[test]
-fn a_checkpoint_with_half_a_head_is_refused_by_the_tensor_it_lacks() -> Outcome {
-    let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
-    let whole = checkpoint(dir.path())?;
-    let missing = "classifier.out_proj.bias";
-    let head = [("classifier.dense.weight", vec![32, 32]), ("classifier.dense.bias", vec![32])];
-    let files = changed(&whole, other.path(), |weights| {
-        for (name, shape) in head.into_iter().chain([("classifier.out_proj.weight", vec![2, 32])]) {
-            weights.insert(name.to_string(), Tensor::ones(shape, DType::F32, &Device::Cpu)?);
-        }
-        Ok(())
-    })?;
-    for method in methods() {
-        let error = load(&files, &method, 2).map(drop).unwrap_err().to_string();
-        assert!(error.starts_with(&format!("tensor {missing}: ")), "{}: {error}", method.name());
-        assert!(error.contains("the checkpoint has classifier.dense"), "{error}");
-        load(&whole, &method, 2)?; // without any head
-    }
-    let files = changed(&files, dir.path(), |weights| {
-        weights.insert(missing.to_string(), Tensor::ones(2, DType::F32, &Device::Cpu)?);
-        Ok(())
-    })?;
-    let classifier = load(&files, &Method::Full, 2)?;
-    let bias = classifier.params.get(missing).ok_or("no bias")?;
-    assert_eq!(bias.var.to_vec1::<f32>()?, [1.0, 1.0]);
-    Ok(())
-}
-
-#[test]
-fn a_checkpoint_that_is_not_finite_is_refused_by_every_method() -> Outcome {
-    let (dir, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
-    let name = "roberta.encoder.layer.1.output.dense.bias";
-    let files = changed(&checkpoint(dir.path())?, other.path(), |weights| {
-        let bad = Tensor::full(f32::NAN, 32, &Device::Cpu)?;
-        weights.insert(name.to_string(), bad);
-        Ok(())
-    })?;
-    for method in methods() {
-        let error = load(&files, &method, 2).map(drop).unwrap_err().to_string();
-        assert!(error.contains(&format!("model.safetensors: tensor {name}: it holds NaN")), "{error}");
-    }
     Ok(())
 }
 

@@ -18,8 +18,7 @@ use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
 use monteclora::{Context, MonteCLoRAConfig, Noise, Params, Pass};
 use serde_json::{json, Value};
 
-use crate::stories::asset;
-use crate::support::{assert_close, scatter, Outcome};
+use crate::support::{assert_close, asset, scatter, Outcome};
 
 pub const TEXT: &str =
     "Once upon a time, there was a little girl named Lily.\nShe had 27 caf\u{e9}s \u{1f600}!";
@@ -71,7 +70,7 @@ pub fn adapted(
 
 #[test]
 fn a_model_in_single_precision_comes_back_to_the_bit() -> Outcome {
-    let Some(dir) = asset("stories260k") else { return Ok(()) };
+    let dir = asset("stories260k");
     let folder = tempfile::tempdir()?;
     let (source, path) = (locate(&dir)?, folder.path().join("model.gguf"));
     save_gguf(&source, &path, GgufKind::F32)?;
@@ -202,7 +201,7 @@ fn a_file_of_llama_cpps_converter_is_read_as_transformers_reads_it() -> Outcome 
 
 #[test]
 fn every_family_comes_back() -> Outcome {
-    let Some(assets) = asset("stories260k") else { return Ok(()) };
+    let assets = asset("stories260k");
     for config in families() {
         let folder = toy_folder(&config, &assets)?;
         let (source, path) = (locate(folder.path())?, folder.path().join("model.gguf"));
@@ -240,7 +239,7 @@ pub fn raw(path: &Path) -> Outcome<(Content, HashMap<String, Tensor>)> {
 
 #[test]
 fn base_and_adapter_in_a_file_each_are_the_merged_file() -> Outcome {
-    let Some(assets) = asset("stories260k") else { return Ok(()) };
+    let assets = asset("stories260k");
     for (config, rslora) in families().into_iter().zip([true, false].into_iter().cycle()) {
         let folder = toy_folder(&config, &assets)?;
         let at = |name: &str| folder.path().join(name);
@@ -278,7 +277,7 @@ fn base_and_adapter_in_a_file_each_are_the_merged_file() -> Outcome {
 
 #[test]
 fn an_adapter_is_merged_into_a_base_in_gguf() -> Outcome {
-    let Some(assets) = asset("stories260k") else { return Ok(()) };
+    let assets = asset("stories260k");
     for config in families() {
         let folder = toy_folder(&config, &assets)?;
         let at = |name: &str| folder.path().join(name);
@@ -310,7 +309,7 @@ fn an_adapter_is_merged_into_a_base_in_gguf() -> Outcome {
 
 #[test]
 fn what_llama_cpp_would_compute_otherwise_is_refused() -> Outcome {
-    let Some(assets) = asset("stories260k") else { return Ok(()) };
+    let assets = asset("stories260k");
     let mut families = families();
     let gemma3 = families.pop().ok_or("gemma 3")?;
     let gemma2 = families.pop().ok_or("gemma 2")?;
@@ -351,7 +350,7 @@ fn what_llama_cpp_would_compute_otherwise_is_refused() -> Outcome {
 
 #[test]
 fn what_a_config_leaves_out_is_written_as_the_model_has_it() -> Outcome {
-    let Some(assets) = asset("stories260k") else { return Ok(()) };
+    let assets = asset("stories260k");
     let families = families();
     let of = |model_type: &str| {
         let family = families.iter().find(|config| config["model_type"] == model_type);
@@ -391,7 +390,7 @@ fn what_a_config_leaves_out_is_written_as_the_model_has_it() -> Outcome {
 
 #[test]
 fn quantised_matrices_stay_so_and_compute_what_their_numbers_do() -> Outcome {
-    let Some(dir) = asset("stories260k") else { return Ok(()) };
+    let dir = asset("stories260k");
     let folder = tempfile::tempdir()?;
     for (kind, kinds) in [(GgufKind::Q8_0, vec!["f32", "q8_0"]), (GgufKind::Q4K, vec!["f32", "q5_0"])] {
         let path = folder.path().join(format!("{kind:?}.gguf"));
@@ -417,7 +416,7 @@ fn quantised_matrices_stay_so_and_compute_what_their_numbers_do() -> Outcome {
 
 #[test]
 fn what_llama_cpp_cannot_load_is_refused_by_name() -> Outcome {
-    let Some(dir) = asset("stories260k") else { return Ok(()) };
+    let dir = asset("stories260k");
     let folder = tempfile::tempdir()?;
     let source = locate(&dir)?;
     let (_, mut file) = adapted(&mut load(&source)?, false, false)?;

@@ -1,7 +1,6 @@
 //! Gradients of whole models against central differences, in double precision with fixed noise.
 
-use crate::llama;
-use crate::support::{padded_batch, scatter, toy_classifier, toy_config, Outcome};
+use crate::support::{decoders, padded_batch, scatter, toy_classifier, toy_config, Outcome};
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::{Params, Role};
 use monteclora::adapters::LoraConfig;
@@ -125,9 +124,9 @@ fn a_pass_without_gradient_keeps_no_layer_and_says_the_same() -> Outcome {
     let (ids, types, mask) = padded_batch(encoder.config())?;
     check_untracked(&params, |cx| Ok(encoder.forward(&ids, Some(&types), &mask, cx)?))?;
 
-    let (mut decoder, params) = llama::frozen(&llama::toy_config(false)?, DType::F64)?;
+    let (mut decoder, params) = decoders::frozen(&decoders::toy_config(false)?, DType::F64)?;
     inject::lora(&mut decoder, &targets, &config, &params)?;
     scatter(&params)?;
-    let (ids, mask) = llama::padded(true)?;
+    let (ids, mask) = decoders::padded(true)?;
     check_untracked(&params, |cx| Ok(decoder.logits(&ids, &mask, cx)?))
 }

@@ -263,12 +263,14 @@ fn an_adapter_is_switched_off_and_taken_away() -> Outcome {
     let off = logits(&model, &Pass::Mean.into())?;
     assert_close(&off, &base_with_moved_head, 1e-5)?;
     assert!(assert_differs(&off, &base)? && assert_differs(&off, &adapted)?);
+    let mut removed = 0;
     model.visit_linears_mut(&mut |layer| {
-        if layer.remove(inject::DEFAULT_ADAPTER)?.is_some() {
-            assert!(layer.activate(Some(inject::DEFAULT_ADAPTER)).is_err());
-        }
+        removed += usize::from(layer.remove(inject::DEFAULT_ADAPTER)?.is_some());
+        let error = layer.activate(Some(inject::DEFAULT_ADAPTER)).unwrap_err().to_string();
+        assert!(error.ends_with("has no adapter \"default\""), "{error}");
         Ok(())
     })?;
+    assert_eq!(removed, 6, "query, key and value of two layers");
     assert_close(&logits(&model, &Pass::Mean.into())?, &off, 0.0)
 }
 

@@ -2,77 +2,21 @@
 //! different numbers of threads. In a measured run, 8 of 52 kills hit the writing of a checkpoint; 32 runs
 //! ended with the same bytes.
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use monteclora::noise::{Noise, Purpose};
 
+use crate::support::programs::{glue, sst2};
 use crate::support::{skipped, Outcome};
 
 /// The number of kills per method, at random moments of a run.
 const KILLS: [(&str, u64); 3] = [("monteclora", 26), ("lora", 13), ("full", 13)];
-
-/// Held while an example is built and copied: a build with other features overwrites the file.
-static BUILDING: Mutex<()> = Mutex::new(());
-
-/// Builds the example `glue` with the profile and features of this test.
-pub fn glue() -> Outcome<PathBuf> {
-    example("glue")
-}
-
-/// Builds an example with the profile and features of this test.
-pub fn example(name: &str) -> Outcome<PathBuf> {
-    let _building = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
-    let built = build(&[name], &[])?.pop().ok_or("no example")?;
-    // Copied to another name, since a build with other features goes to the same place.
-    let (place, partial) = (format!("{name}-of-tests"), format!("{name}-of-tests-new"));
-    let (place, partial) = (built.with_file_name(place), built.with_file_name(partial));
-    std::fs::copy(built, &partial)?;
-    std::fs::rename(partial, &place)?;
-    Ok(place)
-}
-
-/// Builds examples with an additional feature and copies them into the folder `dir`.
-pub fn examples_with(feature: &str, names: &[&str], dir: &Path) -> Outcome<Vec<PathBuf>> {
-    let _building = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
-    let copy = |(path, name): (PathBuf, &&str)| {
-        let place = dir.join(name);
-        std::fs::copy(path, &place)?;
-        Ok(place)
-    };
-    build(names, &[feature])?.into_iter().zip(names).map(copy).collect()
-}
-
-fn build(names: &[&str], more_features: &[&str]) -> Outcome<Vec<PathBuf>> {
-    let deps = std::env::current_exe()?;
-    let profile = deps.parent().and_then(Path::parent).ok_or("a test below target/PROFILE/deps")?;
-    let target = profile.parent().ok_or("a profile below target")?;
-    // The only profile whose folder has another name.
-    let name = match profile.file_name().and_then(OsStr::to_str).ok_or("a profile has a name")? {
-        "debug" => "dev",
-        name => name,
-    };
-    let mut build = Command::new(env!("CARGO"));
-    build.args(["build", "--quiet", "--target-dir"]).arg(target).args(["--profile", name]);
-    build.args(names.iter().flat_map(|name| ["--example", name]));
-    if !cfg!(feature = "hub") {
-        build.arg("--no-default-features");
-    }
-    let own = ["plot"].into_iter().filter(|_| cfg!(feature = "plot"));
-    build.args(own.chain(more_features.iter().copied()).flat_map(|feature| ["--features", feature]));
-    if build.current_dir(env!("CARGO_MANIFEST_DIR")).status()?.success() {
-        Ok(names.iter().map(|name| profile.join("examples").join(name)).collect())
-    } else {
-        Err("the example cannot be built".into())
-    }
-}
 
 /// A small task, and the example and method to run on it.
 struct Setup {
@@ -85,12 +29,7 @@ struct Setup {
 impl Setup {
     fn new(method: &'static str) -> Outcome<Self> {
         let home = tempfile::tempdir()?;
-        let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets/sst2");
-        for (file, rows) in [("train.tsv", 48), ("dev.tsv", 24)] {
-            let text = std::fs::read_to_string(assets.join(file))?;
-            let head: String = text.split_inclusive('\n').take(rows + 1).collect();
-            std::fs::write(home.path().join(file), head)?;
-        }
+        sst2(home.path(), 48, 24)?;
         Ok(Self { home, glue: glue()?, method, epochs: 3 })
     }
 

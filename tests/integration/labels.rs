@@ -19,10 +19,10 @@ use monteclora::train::{batches, Classifier, Method, MethodInit, Predictions};
 use monteclora::{Labels, MonteCLoRAConfig, Noise, Pass};
 use serde_json::{json, Value};
 
-use crate::finetune::rows;
 use crate::live_peft::python;
-use crate::llama::toy_json;
-use crate::support::{scatter, skipped, toy_config, toy_weights, Outcome};
+use crate::support::checkpoints::{self, rows};
+use crate::support::decoders::toy_json;
+use crate::support::{asset, case, scatter, skipped, toy_config, toy_weights, Outcome};
 
 const KINDS: [&str; 3] = ["roberta", "bert", "llama"];
 const NLI: [&str; 3] = ["entailment", "neutral", "contradiction"];
@@ -41,7 +41,7 @@ fn weights(kind: &str, labels: usize) -> Outcome<(HashMap<String, Tensor>, Value
     }
     let family = if kind == "bert" { Family::Bert } else { Family::Roberta };
     let config = toy_config(family).with_num_labels(labels);
-    let weights = toy_weights(&config, |vb, noise| {
+    let weights = toy_weights(|vb, noise| {
         RobertaForSequenceClassification::load(vb.clone(), vb, &config, noise).map(drop)
     })?;
     Ok((weights, serde_json::to_value(&config)?))
@@ -272,7 +272,7 @@ fn strange_names_are_told_and_numbers_are_not() -> Outcome {
     assert_eq!(note("b", Some(names(["LABEL_0", "LABEL_1", "LABEL_2"])))?, None);
     assert_eq!(note("c", None)?, None);
     // Without a head in the checkpoint, the order of its names does not matter.
-    let files = crate::finetune::checkpoint(dir.path())?;
+    let files = checkpoints::checkpoint(dir.path())?;
     let mut json: Value = serde_json::from_str(&std::fs::read_to_string(files.config_path())?)?;
     json["id2label"] = json!({ "0": "x", "1": "y", "2": "z" });
     let before = says(&load(&files, Task::Mnli, &fresh(lora()))?)?;
@@ -308,13 +308,8 @@ fn a_head_of_another_size_names_the_way_on() -> Outcome {
 /// Reads text from a folder in RTE's layout, as the example does; transformers has labelled the rows.
 #[test]
 fn a_case_that_was_scored_inverted_is_right() -> Outcome {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let case = here.join("../shared/cases/label-order");
-    let tokenizer = here.join("examples/assets/tiny-roberta/tokenizer.json");
-    if !(case.is_dir() && tokenizer.is_file()) {
-        skipped("no shared/cases beside the crate, or no bundled model in it");
-        return Ok(());
-    }
+    let Some(case) = case("label-order") else { return Ok(()) };
+    let tokenizer = asset("tiny-roberta/tokenizer.json");
     let encoder = TextEncoder::new(monteclora::data::tokenizer::read(&tokenizer)?, 128, 128)?;
     let rows = encoder.encode(&Task::Rte.load_folder(&case)?.dev[0].1)?;
     let classifier = load(&locate(&case)?, Task::Rte, &fresh(lora()))?;

@@ -18,9 +18,8 @@ use monteclora::train::{fit, held_out_loss, CausalTuning, Method, MethodInit, Tr
 use monteclora::{Noise, Params, Pass};
 use serde_json::{json, Value};
 
-use crate::finetune::Log;
-use crate::stories::asset;
-use crate::support::{small, Outcome};
+use crate::support::checkpoints::Log;
+use crate::support::{asset, small, Outcome};
 
 /// Questions with a choice of two or three numbers, in the format of instruction data.
 fn questions(count: usize) -> Outcome<Vec<Prompted>> {
@@ -49,9 +48,8 @@ struct Home {
 }
 
 impl Home {
-    /// Returns `None` without the bundled files.
-    fn new() -> Outcome<Option<Self>> {
-        let (Some(dir), Some(gsm8k)) = (asset("stories260k"), asset("gsm8k")) else { return Ok(None) };
+    fn new() -> Outcome<Self> {
+        let (dir, gsm8k) = (asset("stories260k"), asset("gsm8k"));
         let files = ModelFiles::locate(&dir.display().to_string(), None)?;
         let config = DecoderConfig::from_file(files.config_path())?;
         let tokenizer = monteclora::data::tokenizer::read(&dir.join("tokenizer.json"))?;
@@ -75,7 +73,7 @@ impl Home {
             task("cats-by-name", Benchmark::ChoiceByName, &measured[..2]),
             task("gsm8k", Benchmark::Gsm8k, &problems("test.jsonl", 2)?),
         ];
-        Ok(Some(Self { files, config, encoder, rows, train, tasks }))
+        Ok(Self { files, config, encoder, rows, train, tasks })
     }
 
     fn trial(&self) -> LanguageTrial<'_> {
@@ -104,7 +102,7 @@ const TASKS: [&str; 4] = ["cats", "cats-by-name", "gsm8k-flexible_extract", "gsm
 
 #[test]
 fn every_recipe_is_trained_once_and_measured_on_every_task() -> Outcome {
-    let Some(home) = Home::new()? else { return Ok(()) };
+    let home = Home::new()?;
     let trial = LanguageTrial { epochs: 1, limit_train: Some(16), ..home.trial() };
     for name in study::recipe::NAMES {
         let method = small(name);
@@ -146,7 +144,7 @@ fn every_recipe_is_trained_once_and_measured_on_every_task() -> Outcome {
 
 #[test]
 fn a_cell_says_what_the_same_training_says_by_hand() -> Outcome {
-    let Some(home) = Home::new()? else { return Ok(()) };
+    let home = Home::new()?;
     let (result, ..) = home.trial().run(&key("lora:rank=4:alpha=8", 5e-3));
 
     let noise = Noise::new(3);
@@ -180,7 +178,7 @@ fn a_cell_says_what_the_same_training_says_by_hand() -> Outcome {
 
 #[test]
 fn a_temperature_is_fitted_on_rows_that_the_recipe_holds_out() -> Outcome {
-    let Some(home) = Home::new()? else { return Ok(()) };
+    let home = Home::new()?;
     // 24 questions and 8 problems; a quarter of 24 drawn rows is held out.
     let trial = LanguageTrial { limit_train: Some(24), ..home.trial() };
     let (result, ..) = trial.run(&key("lora:rank=4:alpha=8:held-out=0.25", 5e-3));
@@ -200,7 +198,7 @@ fn a_temperature_is_fitted_on_rows_that_the_recipe_holds_out() -> Outcome {
 
 #[test]
 fn draws_without_width_say_what_the_mean_does() -> Outcome {
-    let Some(home) = Home::new()? else { return Ok(()) };
+    let home = Home::new()?;
     let (result, ..) = home.trial().run(&key("monteclora:rank=4:alpha=8:eps=1e-9", 5e-3));
     for task in ["cats", "gsm8k-strict_match"] {
         let [mean, draws] = ["mean", "2 draws"].map(|arm| result.tasks[task].arms[arm].nll);
@@ -226,7 +224,7 @@ fn run_grid(home: &Home, dir: &Path, shard: Shard) -> Outcome<usize> {
 
 #[test]
 fn a_study_that_was_killed_goes_on_and_its_report_has_every_task() -> Outcome {
-    let Some(home) = Home::new()? else { return Ok(()) };
+    let home = Home::new()?;
     let (whole, killed) = (tempfile::tempdir()?, tempfile::tempdir()?);
     assert_eq!(run_grid(&home, whole.path(), Shard::WHOLE)?, 4);
     assert_eq!(run_grid(&home, killed.path(), "1/2".parse()?)?, 2);

@@ -14,7 +14,7 @@ use monteclora::models::roberta::{RobertaConfig, RobertaForSequenceClassificatio
 use monteclora::optim::{clip_grad_norm, AdamW, AdamWConfig, Gradients};
 use monteclora::{cuda_device, ops, MonteCLoRAConfig, Noise, Regularizer, Tape};
 
-use crate::llama::{frozen_on, toy_json};
+use crate::support::decoders::{frozen_on, toy_json};
 use crate::support::{skipped, Outcome};
 
 /// The requests of this thread to the device so far.

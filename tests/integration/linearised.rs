@@ -16,11 +16,11 @@ use monteclora::{MonteCLoRAConfig, Noise, Pass};
 use serde_json::{json, Value};
 
 use crate::support::Outcome;
-use crate::tables::{asset, topics};
+use crate::tables::{tiny_roberta, topics};
 
 /// A classifier that is trained a little on the topics, with its layers recomputed in backward passes.
 fn trained(data: &DataSet) -> Outcome<Classifier> {
-    let files = ModelFiles::locate(&asset("tiny-roberta"), None)?;
+    let files = ModelFiles::locate(&tiny_roberta(), None)?;
     let bayes = MonteCLoRAConfig { rank: 4, alpha: 8.0, ..MonteCLoRAConfig::default() };
     let start = MethodInit::Fresh(Method::MonteCLoRA(bayes), Targets::default());
     let target = &data.target;
@@ -76,7 +76,7 @@ fn a_refitted_classifier_is_less_sure_and_says_the_same_alone_after_opening_and_
     });
 
     let dir = tempfile::tempdir()?;
-    linearised.save(&asset("tiny-roberta"), dir.path())?;
+    linearised.save(&tiny_roberta(), dir.path())?;
     let open = |dir: &Path| LinearisedClassifier::open(dir, None, DType::F32, &Device::Cpu);
     let mut opened = open(dir.path())?;
     opened.classifier_mut().set_max_length(24)?;
@@ -84,7 +84,7 @@ fn a_refitted_classifier_is_less_sure_and_says_the_same_alone_after_opening_and_
     // Saving the adapter again makes the posterior one of other weights: it is removed.
     let file = dir.path().join("adapter/linearised.json");
     let text = fs::read(&file)?;
-    opened.classifier().save(&asset("tiny-roberta"), dir.path())?;
+    opened.classifier().save(&tiny_roberta(), dir.path())?;
     assert!(!file.exists());
     assert!(open(&dir.path().join("adapter")).unwrap_err().to_string().contains("linearised.json"));
 
@@ -119,7 +119,7 @@ fn more_rows_than_a_refit_reads_stand_for_all() -> Outcome {
         let rows = classifier.encode(&data.train)?;
         let rows: Vec<_> = (0..times).flat_map(|_| rows.iter().cloned()).collect();
         let dir = tempfile::tempdir()?;
-        LinearisedClassifier::refitted(classifier, &rows)?.save(&asset("tiny-roberta"), dir.path())?;
+        LinearisedClassifier::refitted(classifier, &rows)?.save(&tiny_roberta(), dir.path())?;
         let saved: Value = serde_json::from_slice(&fs::read(dir.path().join("adapter/linearised.json"))?)?;
         let layers = saved["variances"].as_object().ok_or("layers")?.values();
         let all = layers.flat_map(|layer| layer.as_array().cloned().unwrap_or_default());

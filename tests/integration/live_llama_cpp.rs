@@ -15,8 +15,7 @@ use monteclora::{Context, Pass};
 use serde_json::{json, Value};
 
 use crate::gguf::{adapted, families, load, locate, logits, logits_of, raw, toy_folder, IDS, TEXT};
-use crate::stories::asset;
-use crate::support::{skipped, Outcome};
+use crate::support::{asset, skipped, Outcome};
 
 /// An interpreter with llama.cpp; if there is none, reports why.
 fn python() -> Option<PathBuf> {
@@ -52,7 +51,7 @@ fn case(model: &str, lora: Option<&str>, tolerance: f64, logits: &Tensor) -> Out
 
 #[test]
 fn bases_adapters_and_merged_models_give_our_logits() -> Outcome {
-    let Some(dir) = asset("stories260k") else { return Ok(()) };
+    let dir = asset("stories260k");
     let Some(python) = python() else { return Ok(()) };
     let folder = tempfile::tempdir()?;
     let at = |name: &str| folder.path().join(name);
@@ -89,7 +88,7 @@ fn bases_adapters_and_merged_models_give_our_logits() -> Outcome {
 
 #[test]
 fn every_family_gives_our_logits() -> Outcome {
-    let Some(assets) = asset("stories260k") else { return Ok(()) };
+    let assets = asset("stories260k");
     let Some(python) = python() else { return Ok(()) };
     let folder = tempfile::tempdir()?;
     let at = |name: &str| folder.path().join(name);
@@ -114,7 +113,7 @@ fn every_family_gives_our_logits() -> Outcome {
 
 #[test]
 fn blocks_are_those_of_llama_cpp() -> Outcome {
-    let Some(assets) = asset("stories260k") else { return Ok(()) };
+    let assets = asset("stories260k");
     let Some(python) = python() else { return Ok(()) };
     let folder = tempfile::tempdir()?;
     let at = |name: &str| folder.path().join(name);

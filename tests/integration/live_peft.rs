@@ -20,7 +20,7 @@ use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat
 use monteclora::{DrawNoise, MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass, Posterior, Regularizer};
 
 use crate::families::{Golden, FAMILIES};
-use crate::llama::toy_json;
+use crate::support::decoders::toy_json;
 use crate::support::{assert_close, scatter, skipped, toy_config, toy_weights, Outcome};
 
 /// An interpreter with all required packages, or the reason why there is none.
@@ -139,7 +139,7 @@ fn base(dir: &Path, family: &str) -> Outcome<ModelFiles> {
         (weights, json, config.class_name("ForCausalLM"))
     } else {
         let config = toy_config(monteclora::models::roberta::Family::Roberta);
-        let weights = toy_weights(&config, |vb: VarBuilder<'static>, noise| {
+        let weights = toy_weights(|vb: VarBuilder<'static>, noise| {
             let model = monteclora::models::roberta::RobertaForSequenceClassification::load;
             model(vb.clone(), vb, &config, noise).map(drop)
         })?;

@@ -2,11 +2,9 @@
 //! `tests/data/make_llama_golden.py`).
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 
-use crate::support::{assert_close, Outcome};
+use crate::support::{assert_close, data, golden, vb, Outcome};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
 use monteclora::adapter::{Context, Params, Pass, Role};
 use monteclora::inject::merge::merge;
 use monteclora::models::causal::CausalLm;
@@ -15,12 +13,7 @@ use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
 use monteclora::peft::AdapterFile;
 
-const PATHS: [OpPath; 3] = [OpPath::Fused, OpPath::Composed, OpPath::Reference];
 const MODELS: [&str; 2] = ["toy_llama", "toy_llama3"];
-
-fn data() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data")
-}
 
 /// One model's part of the golden file.
 struct Golden {
@@ -30,19 +23,12 @@ struct Golden {
 
 impl Golden {
     fn open(name: &str) -> Outcome<Self> {
-        let all = candle_core::safetensors::load(data().join("llama_golden.safetensors"), &Device::Cpu)?;
-        let prefix = format!("{name}/");
-        let part = |(name, t): (String, Tensor)| Some((name.strip_prefix(&prefix)?.to_string(), t));
-        let config = DecoderConfig::from_file(&data().join(format!("{name}_config.json")))?;
-        Ok(Self { tensors: all.into_iter().filter_map(part).collect(), config })
-    }
-
-    fn vb(&self, dtype: DType) -> VarBuilder<'static> {
-        VarBuilder::from_tensors(self.tensors.clone(), dtype, &Device::Cpu)
+        let config = DecoderConfig::from_file(&data(&format!("{name}_config.json")))?;
+        Ok(Self { tensors: golden("llama", name)?, config })
     }
 
     fn model(&self, dtype: DType) -> Outcome<DecoderForCausalLM> {
-        Ok(DecoderForCausalLM::load(self.vb(dtype), &self.config, Noise::new(0))?)
+        Ok(DecoderForCausalLM::load(vb(&self.tensors, dtype), &self.config, Noise::new(0))?)
     }
 
     /// Ids and attention mask, padded on one side.
@@ -65,7 +51,9 @@ fn the_head_gives_the_logits_of_transformers_with_padding_on_either_side() -> Ou
         let golden = Golden::open(name)?;
         for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F64, 5e-6)] {
             let model = golden.model(dtype)?;
-            for (side, path) in ["", "left_"].into_iter().flat_map(|side| PATHS.map(|path| (side, path))) {
+            for (side, path) in
+                ["", "left_"].into_iter().flat_map(|side| OpPath::ALL.map(|path| (side, path)))
+            {
                 let (ids, mask) = golden.inputs(side)?;
                 let logits = model.logits(&ids, &mask, &Context::from(Pass::Mean).with_path(path))?;
                 golden.compare(&logits, &format!("{side}logits"), side, tolerance)?;
@@ -80,12 +68,12 @@ fn loss_and_gradients_are_those_of_transformers() -> Outcome {
     for name in MODELS {
         let golden = Golden::open(name)?;
         let params = Params::new(Noise::new(0), &Device::Cpu);
-        let vb = params.var_builder(Some(golden.vb(DType::F32)), Role::Base);
+        let vb = params.var_builder(Some(vb(&golden.tensors, DType::F32)), Role::Base);
         let model = DecoderForCausalLM::load(vb, &golden.config, Noise::new(0))?;
         let (ids, mask) = golden.inputs("")?;
         let t = ids.dim(1)?;
         let labels = golden.tensors["labels"].narrow(1, 1, t - 1)?.flatten_all()?;
-        for path in PATHS {
+        for path in OpPath::ALL {
             let logits = model.logits(&ids, &mask, &Context::from(Pass::Mean).with_path(path))?;
             let logits = logits.narrow(1, 0, t - 1)?.contiguous()?.flatten_to(1)?;
             let loss = ops::cross_entropy(&logits, &labels, -100, path)?;
@@ -106,7 +94,7 @@ fn the_classifier_gives_the_logits_of_transformers() -> Outcome {
     for name in MODELS {
         let golden = Golden::open(name)?;
         let (ids, mask) = golden.inputs("")?;
-        let (vb, config) = (golden.vb(DType::F32), &golden.config);
+        let (vb, config) = (vb(&golden.tensors, DType::F32), &golden.config);
         let model = DecoderForSequenceClassification::load(vb.clone(), vb, config, Noise::new(0))?;
         assert_eq!(config.num_labels, 3);
         assert_close(&model.forward(&ids, &mask, &Pass::Mean.into())?, &golden.tensors["cls_logits"], 1e-4)?;
@@ -122,7 +110,7 @@ fn adapters_of_python_peft_give_the_logits_that_peft_gives_merged_or_not() -> Ou
         for (kind, layers) in [("lora", 12), ("monteclora", 6)] {
             let mut model = golden.model(DType::F32)?;
             let params = Params::new(Noise::new(0), &Device::Cpu);
-            let file = AdapterFile::read(data().join(format!("peft_adapters/{name}_{kind}")))?;
+            let file = AdapterFile::read(data(&format!("peft_adapters/{name}_{kind}")))?;
             assert_eq!(file.layers.len(), layers);
             file.apply(&mut model, "default", &params)?;
             let expected = format!("{kind}_logits");

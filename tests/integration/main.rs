@@ -10,6 +10,7 @@ mod chat;
 mod checkpoint;
 #[cfg(unix)]
 mod command;
+mod damaged;
 mod decoders;
 #[cfg(feature = "cuda")]
 mod device;

@@ -1,7 +1,7 @@
 //! Several adapters on one model, and adapters merged into a model that stays in use.
 
-use crate::finetune::{checkpoint, rows, Log};
-use crate::llama::{frozen, toy_config};
+use crate::support::checkpoints::{checkpoint, rows, Log};
+use crate::support::decoders::{frozen, toy_config};
 use crate::support::{scatter, Outcome};
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::{AdaptableModel, Adapter, Context, Role};

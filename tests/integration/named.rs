@@ -1,7 +1,7 @@
 //! Several adapters on one model: which is active, which is trained, and which names are allowed.
 
-use crate::llama::{frozen, toy_config};
 use crate::merge::{bayes, logits};
+use crate::support::decoders::{frozen, toy_config};
 use crate::support::{scatter, Outcome};
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::{AdaptableModel, Role};

@@ -9,7 +9,7 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::train::{batches, Classifier, Method, MethodInit, Predictions};
 use monteclora::{Noise, Params};
 
-use crate::finetune::{checkpoint, llama_checkpoint, rows};
+use crate::support::checkpoints::{checkpoint, llama_checkpoint, rows};
 use crate::support::{scatter, Outcome};
 
 fn logits(classifier: &Classifier, rows: &[Encoded]) -> Outcome<Vec<f64>> {

@@ -1,6 +1,5 @@
-//! Reads small files of other tools and data sets, one of each kind, from `../shared/cases` if it exists.
-
-use std::path::{Path, PathBuf};
+//! Reads small files of other tools and data sets, one of each kind, from `shared/cases` beside the crate, if
+//! it exists.
 
 use monteclora::data::task::{Label, Task};
 use monteclora::models::decoder::DecoderConfig;
@@ -8,17 +7,7 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::roberta::RobertaConfig;
 use monteclora::peft::AdapterFile;
 
-use crate::stories::asset;
-use crate::support::{skipped, Outcome};
-
-fn case(name: &str) -> Option<PathBuf> {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/cases").join(name);
-    if !dir.is_dir() {
-        skipped("no shared/cases beside the crate");
-        return None;
-    }
-    Some(dir)
-}
+use crate::support::{asset, case, Outcome};
 
 #[test]
 fn a_null_an_initialisation_and_a_layout_of_others_are_read() -> Outcome {
@@ -38,8 +27,8 @@ fn a_null_an_initialisation_and_a_layout_of_others_are_read() -> Outcome {
 
 #[test]
 fn end_tokens_beside_the_bundled_model_are_read() -> Outcome {
-    let (Some(dir), Some(model)) = (case("generation-config"), asset("stories260k")) else { return Ok(()) };
-    let copy = tempfile::tempdir()?;
+    let Some(dir) = case("generation-config") else { return Ok(()) };
+    let (model, copy) = (asset("stories260k"), tempfile::tempdir()?);
     for (from, name) in
         [(&model, "config.json"), (&model, "model.safetensors"), (&dir, "generation_config.json")]
     {

@@ -8,7 +8,7 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::peft::{AdapterFile, AdapterMethod, ExportFormat, WEIGHTS_FILE};
 use monteclora::{Error, MonteCLoRAConfig, Result};
 
-use crate::support::skipped;
+use crate::support::case;
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/peft_adapters").join(name)
@@ -71,17 +71,6 @@ fn peft_s_adapters_are_written_again_tensor_for_tensor() -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// A case of `shared/cases` in a folder above the crate; if there is none, reports that.
-fn case(name: &str) -> Option<PathBuf> {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let found =
-        here.ancestors().skip(1).map(|up| up.join("shared/cases").join(name)).find(|dir| dir.is_dir());
-    if found.is_none() {
-        skipped(&format!("no shared/cases/{name} beside the crate"));
-    }
-    found
 }
 
 #[test]

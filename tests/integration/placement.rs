@@ -15,9 +15,9 @@ use monteclora::{Noise, Params};
 
 use crate::causal;
 use crate::decoders::{Golden, FAMILIES};
-use crate::finetune::Log;
-use crate::llama::{frozen_at, toy_json};
-use crate::support::Outcome;
+use crate::support::checkpoints::Log;
+use crate::support::decoders::{frozen_at, toy_json};
+use crate::support::{vb, Outcome};
 
 /// A transfer: from which place to which, whether it is a gradient, and the shape of the tensor.
 type Way = (usize, usize, bool, Vec<usize>);
@@ -67,10 +67,10 @@ fn every_family_says_in_two_places_what_it_says_in_one() -> Outcome {
             let model = DecoderForCausalLM::load(weights, &golden.config, Noise::new(0))?;
             Ok(model.logits(&ids, &mask, &Pass::Mean.into())?.to_vec3()?)
         };
-        let one = say(golden.vb(DType::F32).into())?;
+        let one = say(vb(&golden.tensors, DType::F32).into())?;
         for first in 0..=layers {
             let (placement, recorder) = places(&[first, layers - first])?;
-            let two = say(Weights::from(golden.vb(DType::F32)).placed(&placement))?;
+            let two = say(Weights::from(vb(&golden.tensors, DType::F32)).placed(&placement))?;
             assert_eq!(one, two, "{family}, {first} layers in the first place");
             // One transfer there and one back, or none if all layers lie in the first place.
             let dims = vec![real, golden.config.hidden_size];

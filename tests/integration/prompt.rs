@@ -1,10 +1,8 @@
 //! Tests of prompt tuning against Hugging Face PEFT (golden values of `tests/data/make_prompt_golden.py`).
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 
-use candle_core::{safetensors, DType, Device, Tensor};
-use candle_nn::VarBuilder;
+use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::{AdaptableEmbedding, AdaptableModel, Context, Params, Pass, Role};
 use monteclora::adapters::{prompt_tuning, PromptConfig};
 use monteclora::models::causal::CausalLm;
@@ -13,8 +11,7 @@ use monteclora::models::roberta::{Family, RobertaConfig, RobertaForSequenceClass
 use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
 
-use crate::llama;
-use crate::support::{assert_close, toy_classifier, toy_config, Outcome};
+use crate::support::{assert_close, data, decoders, golden, toy_classifier, toy_config, vb, Outcome};
 
 const PROMPT: &str = "prompt.default";
 
@@ -26,16 +23,7 @@ struct Golden {
 
 impl Golden {
     fn open(file: &str, name: &str) -> Outcome<Self> {
-        let part = |file: &str| -> Outcome<HashMap<String, Tensor>> {
-            let all = safetensors::load(data(&format!("{file}_golden.safetensors")), &Device::Cpu)?;
-            let prefix = format!("{name}/");
-            Ok(all.into_iter().filter_map(|(k, t)| Some((k.strip_prefix(&prefix)?.to_string(), t))).collect())
-        };
-        Ok(Self { model: part(file)?, prompt: part("prompt")? })
-    }
-
-    fn vb(&self) -> VarBuilder<'static> {
-        VarBuilder::from_tensors(self.model.clone(), DType::F32, &Device::Cpu)
+        Ok(Self { model: golden(file, name)?, prompt: golden("prompt", name)? })
     }
 
     fn input(&self, name: &str, dtype: DType) -> Outcome<Tensor> {
@@ -54,7 +42,7 @@ impl Golden {
 
     /// Checks loss and gradient on every path of the ops.
     fn check(&self, params: &Params, loss: impl Fn(&Context) -> Outcome<Tensor>) -> Outcome {
-        for path in [OpPath::Fused, OpPath::Composed, OpPath::Reference] {
+        for path in OpPath::ALL {
             let loss = loss(&Context::from(Pass::Mean).with_path(path))?;
             assert_close(&loss, &self.prompt["loss"].squeeze(0)?, 1e-5)?;
             let grads = loss.backward()?;
@@ -65,17 +53,17 @@ impl Golden {
     }
 }
 
-fn data(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
-}
-
 #[test]
 fn classifiers_with_virtual_tokens_are_pefts() -> Outcome {
     for name in ["roberta", "bert"] {
         let golden = Golden::open("transformers", name)?;
         let config = RobertaConfig::from_file(&data(&format!("toy_{name}_config.json")))?;
-        let mut model =
-            RobertaForSequenceClassification::load(golden.vb(), golden.vb(), &config, Noise::new(0))?;
+        let mut model = RobertaForSequenceClassification::load(
+            vb(&golden.model, DType::F32),
+            vb(&golden.model, DType::F32),
+            &config,
+            Noise::new(0),
+        )?;
         let (ids, mask) =
             (golden.input("input_ids", DType::U32)?, golden.input("attention_mask", DType::U8)?);
         let types = golden.model.get("token_type_ids").map(|types| types.to_dtype(DType::U32)).transpose()?;
@@ -99,7 +87,7 @@ fn classifiers_with_virtual_tokens_are_pefts() -> Outcome {
 fn a_decoder_with_virtual_tokens_is_pefts_with_a_cache_or_without() -> Outcome {
     let golden = Golden::open("llama", "toy_llama")?;
     let config = DecoderConfig::from_file(&data("toy_llama_config.json"))?;
-    let mut model = DecoderForCausalLM::load(golden.vb(), &config, Noise::new(0))?;
+    let mut model = DecoderForCausalLM::load(vb(&golden.model, DType::F32), &config, Noise::new(0))?;
     let (ids, mask) = (golden.input("input_ids", DType::U32)?, golden.input("attention_mask", DType::U8)?);
     let params = golden.tune(&mut model)?;
     assert_eq!(model.max_length(), 64 - 3);
@@ -133,8 +121,8 @@ fn a_decoder_with_virtual_tokens_is_pefts_with_a_cache_or_without() -> Outcome {
 #[test]
 fn under_left_padding_virtual_tokens_learn_what_they_learn_from_each_row_alone() -> Outcome {
     for dtype in [DType::F64, DType::F32] {
-        let (mut model, _) = llama::frozen(&llama::toy_config(true)?, dtype)?;
-        let prompt = llama::prompted(&mut model, 3, dtype)?.get(PROMPT).ok_or("no prompt")?.var;
+        let (mut model, _) = decoders::frozen(&decoders::toy_config(true)?, dtype)?;
+        let prompt = decoders::prompted(&mut model, 3, dtype)?.get(PROMPT).ok_or("no prompt")?.var;
         // Over real tokens only; different weights, so that tokens cannot be mistaken for each other.
         let gradient = |ids: &Tensor, mask: &Tensor, path: OpPath| -> Outcome<Tensor> {
             let cx = Context::from(Pass::Mean).with_path(path);
@@ -143,18 +131,18 @@ fn under_left_padding_virtual_tokens_learn_what_they_learn_from_each_row_alone()
             let loss = hidden.sqr()?.sin()?.sum(2)?.mul(&weight)?.sum_all()?;
             Ok(loss.backward()?.get(&prompt).ok_or("no gradient")?.clone())
         };
-        let (ids, mask) = llama::padded(true)?;
+        let (ids, mask) = decoders::padded(true)?;
         // A fourth row that is only padding must not affect the others.
         let (ids, mask) = (ids.pad_with_zeros(0, 0, 1)?, mask.pad_with_zeros(0, 0, 1)?);
         let mut expected = prompt.zeros_like()?;
-        for row in llama::ROWS {
-            let (ids, mask) = llama::one_row(row)?;
+        for row in decoders::ROWS {
+            let (ids, mask) = decoders::one_row(row)?;
             expected = (expected + gradient(&ids, &mask, OpPath::Fused)?)?;
         }
         let size = expected.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
         // Rotary angles depend on the column and are rounded to single precision.
         let tolerance = if dtype == DType::F64 { 1e-7 } else { 1e-5 };
-        for path in [OpPath::Fused, OpPath::Composed, OpPath::Reference] {
+        for path in OpPath::ALL {
             let got = gradient(&ids, &mask, path)?;
             assert_close(&got, &expected, tolerance * (1.0 + size)).map_err(|e| format!("{path:?}: {e}"))?;
         }
@@ -165,7 +153,7 @@ fn under_left_padding_virtual_tokens_learn_what_they_learn_from_each_row_alone()
 #[test]
 fn an_encoder_that_numbers_real_tokens_is_free_of_its_padding_s_side() -> Outcome {
     let (mut model, _) = toy_classifier(&toy_config(Family::Roberta), Role::Head, DType::F32)?;
-    llama::prompted(&mut model, 3, DType::F32)?;
+    decoders::prompted(&mut model, 3, DType::F32)?;
     let pad = |row: &[u32], with: u32, left: bool| {
         let padding = vec![with; 7 - row.len()];
         if left {
@@ -176,8 +164,8 @@ fn an_encoder_that_numbers_real_tokens_is_free_of_its_padding_s_side() -> Outcom
     };
     let logits = |left: bool| -> Outcome<Tensor> {
         // Without the first id of each row, 1, which is this model's padding.
-        let rows = llama::ROWS.map(|row| pad(&row[1..], 1, left)).concat();
-        let real = llama::ROWS.map(|row| pad(&vec![1; row.len() - 1], 0, left)).concat();
+        let rows = decoders::ROWS.map(|row| pad(&row[1..], 1, left)).concat();
+        let real = decoders::ROWS.map(|row| pad(&vec![1; row.len() - 1], 0, left)).concat();
         let ids = Tensor::from_vec(rows, (3, 7), &Device::Cpu)?;
         let mask = Tensor::from_vec(real, (3, 7), &Device::Cpu)?.to_dtype(DType::U8)?;
         Ok(model.forward(&ids, None, &mask, &Pass::Mean.into())?)
@@ -205,7 +193,7 @@ fn a_half_width_base_sums_the_gradients_of_rows_in_single_precision() -> Outcome
 fn virtual_tokens_start_from_words_and_stand_once() -> Outcome {
     let golden = Golden::open("llama", "toy_llama")?;
     let config = DecoderConfig::from_file(&data("toy_llama_config.json"))?;
-    let mut model = DecoderForCausalLM::load(golden.vb(), &config, Noise::new(0))?;
+    let mut model = DecoderForCausalLM::load(vb(&golden.model, DType::F32), &config, Noise::new(0))?;
     let before = model.max_length();
     let params = Params::new(Noise::new(5), &Device::Cpu);
     let embedding = model.embedding_mut().ok_or("no place for a prompt")?;

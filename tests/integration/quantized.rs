@@ -21,7 +21,7 @@ use monteclora::train::{Classification, Classifier, Method, MethodInit, Objectiv
 use monteclora::{BaseLinear, Context, MonteCLoRAConfig, Noise, Params, Pass};
 use serde_json::json;
 
-use crate::support::{assert_close, scatter, Outcome};
+use crate::support::{assert_close, asset, scatter, Outcome};
 
 type Tensors = HashMap<String, Tensor>;
 
@@ -362,8 +362,7 @@ fn a_model_in_nf4_loads_trains_and_is_not_merged_into_its_codes() -> Outcome {
 /// A quantised encoder whose head stays dense; its adapter is merged into the checkpoint's weights.
 #[test]
 fn a_classifier_in_blocks_trains_its_head_and_merges_into_the_checkpoint() -> Outcome {
-    let Some(dir) = crate::stories::asset("tiny-roberta") else { return Ok(()) };
-    let whole = files(&dir)?;
+    let whole = files(&asset("tiny-roberta"))?;
     let lora = Method::Lora(LoraConfig { rank: 2, ..LoraConfig::default() });
     let start = MethodInit::Fresh(lora, Targets::default());
     let load = |files: &ModelFiles, start: &MethodInit| {

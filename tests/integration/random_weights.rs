@@ -7,7 +7,7 @@ use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::Quantization;
 use monteclora::Noise;
 
-use crate::llama::toy_config;
+use crate::support::decoders::{toy_config, toy_json};
 use crate::support::Outcome;
 
 #[path = "../../examples/common/random_weights.rs"]
@@ -43,7 +43,7 @@ fn models_on_random_weights_share_them() -> Outcome {
 /// Embedding and tied head in Q6K, layers in Q4K: one set of blocks for all methods, a third of bf16's size.
 #[test]
 fn a_base_in_four_bits_is_shared_and_small() -> Outcome {
-    let mut json = crate::llama::toy_json(true);
+    let mut json = toy_json(true);
     for (key, value) in [("vocab_size", 3000), ("hidden_size", 256), ("intermediate_size", 1024)] {
         json[key] = value.into();
     }

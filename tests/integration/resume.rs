@@ -16,7 +16,7 @@ use monteclora::train::{
 };
 use monteclora::{Error, MonteCLoRAConfig, Noise, Prior, PriorForm, ScalerSchedule};
 
-use crate::finetune::{checkpoint, rows};
+use crate::support::checkpoints::{checkpoint, rows};
 use crate::support::Outcome;
 
 /// An observer that keeps a log as the examples do, gives each step a score, and stops after a step.

@@ -1,8 +1,8 @@
 //! Saves whole model folders: with merged adapters, or with weights that were trained themselves.
 
-use crate::finetune::{bare_checkpoint, checkpoint, llama_checkpoint, logits_of, rows};
 use crate::gguf;
 use crate::merge::{bayes, logits};
+use crate::support::checkpoints::{bare_checkpoint, checkpoint, llama_checkpoint, logits_of, rows};
 use crate::support::{scatter, Outcome};
 use candle_core::{DType, Device, Tensor};
 use monteclora::adapter::Role;

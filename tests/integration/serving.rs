@@ -2,7 +2,7 @@
 
 use std::thread;
 
-use crate::finetune::{checkpoint, llama_checkpoint, rows};
+use crate::support::checkpoints::{checkpoint, llama_checkpoint, rows};
 use crate::support::{scatter, Outcome};
 use candle_core::{DType, Device};
 use monteclora::data::batch::Batch;

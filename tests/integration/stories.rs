@@ -1,6 +1,6 @@
 //! The bundled stories260K: it reproduces the text that its authors published, and it can be fine-tuned.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::{DType, Device};
 use monteclora::adapter::AdaptableModel;
@@ -18,18 +18,8 @@ use monteclora::train::{fit, held_out_loss, CausalTuning, Method, MethodInit, Tr
 use monteclora::{MonteCLoRAConfig, Noise, Params, Pass};
 use tokenizers::Tokenizer;
 
-use crate::finetune::Log;
-use crate::support::{skipped, Outcome};
-
-/// A bundled folder, or `None` in the published package, which has none.
-pub fn asset(name: &str) -> Option<PathBuf> {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets").join(name);
-    if !dir.is_dir() {
-        skipped(&format!("{} is in the repository, not in the package", dir.display()));
-        return None;
-    }
-    Some(dir)
-}
+use crate::support::checkpoints::Log;
+use crate::support::{asset, Outcome};
 
 fn load(
     dir: &Path,
@@ -87,7 +77,7 @@ fn tune(
 
 #[test]
 fn the_story_is_that_of_its_authors_word_for_word_also_with_a_trained_adapter_switched_off() -> Outcome {
-    let (Some(dir), Some(data)) = (asset("stories260k"), asset("gsm8k")) else { return Ok(()) };
+    let (dir, data) = (asset("stories260k"), asset("gsm8k"));
     let story = std::fs::read_to_string(dir.join("story.txt"))?;
     let (model, _, tokenizer) = load(&dir, None)?;
     assert_eq!(tell(&model, &tokenizer)?, story.trim_end());
@@ -106,7 +96,7 @@ fn the_story_is_that_of_its_authors_word_for_word_also_with_a_trained_adapter_sw
 
 #[test]
 fn a_fine_tune_in_8_bits_ends_where_that_in_single_precision_does() -> Outcome {
-    let (Some(dir), Some(data)) = (asset("stories260k"), asset("gsm8k")) else { return Ok(()) };
+    let (dir, data) = (asset("stories260k"), asset("gsm8k"));
     let lora = Method::Lora(LoraConfig { rank: 4, alpha: 8.0, ..LoraConfig::default() });
     let (before, after, ..) = tune(&dir, None, lora.clone(), &data, 32)?;
     let (rounded_before, rounded_after, ..) = tune(&dir, Some("q8_0".parse()?), lora, &data, 32)?;
@@ -118,7 +108,7 @@ fn a_fine_tune_in_8_bits_ends_where_that_in_single_precision_does() -> Outcome {
 
 #[test]
 fn a_text_keeps_the_blanks_that_it_begins_with() -> Outcome {
-    let Some(dir) = asset("stories260k") else { return Ok(()) };
+    let dir = asset("stories260k");
     let (model, _, tokenizer) = load(&dir, None)?;
     let encoder = PromptEncoder::new(tokenizer, 64, 512, None, false)?;
     let config = GenerateConfig { max_new_tokens: 8, ..Default::default() };
@@ -134,7 +124,7 @@ fn a_text_keeps_the_blanks_that_it_begins_with() -> Outcome {
 
 #[test]
 fn a_text_ends_at_the_end_tokens_of_either_file() -> Outcome {
-    let Some(bundled) = asset("stories260k") else { return Ok(()) };
+    let bundled = asset("stories260k");
     let dir = tempfile::tempdir()?;
     for name in ["config.json", "model.safetensors", "tokenizer.json"] {
         std::fs::copy(bundled.join(name), dir.path().join(name))?;

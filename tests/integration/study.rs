@@ -18,7 +18,7 @@ use monteclora::study::{self, CellKey, Grid, Plan, Shard, Status, Trial};
 use monteclora::train::{self, Classification, Classifier, Method, MethodInit, TrainConfig};
 use serde_json::json;
 
-use crate::finetune::{checkpoint, rows, Log};
+use crate::support::checkpoints::{checkpoint, rows, Log};
 use crate::support::{small, Outcome};
 
 fn trial(files: &ModelFiles, run: impl FnOnce(&Trial) -> Outcome) -> Outcome {

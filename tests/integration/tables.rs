@@ -16,13 +16,13 @@ use monteclora::train::{fit, Classification, Classifier, Method, MethodInit, Tra
 use monteclora::{Labels, MonteCLoRAConfig, Noise, Pass};
 
 use crate::live_peft::python;
-use crate::support::{skipped, Outcome};
+use crate::support::{asset, skipped, Outcome};
 
 const MAX_LENGTH: usize = 24;
 
-/// The path of a bundled file, which the published package does not have.
-pub fn asset(name: &str) -> String {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets").join(name).display().to_string()
+/// The bundled encoder, by the name that an adapter gives to its base.
+pub fn tiny_roberta() -> String {
+    asset("tiny-roberta").display().to_string()
 }
 
 pub fn topics() -> Outcome<DataSet> {
@@ -31,7 +31,7 @@ pub fn topics() -> Outcome<DataSet> {
 
 /// A classifier of the bundled model, trained a little on these rows.
 fn trained(method: Method, target: &Target, rows: &[Example]) -> Outcome<Classifier> {
-    let files = ModelFiles::locate(&asset("tiny-roberta"), None)?;
+    let files = ModelFiles::locate(&tiny_roberta(), None)?;
     let start = MethodInit::Fresh(method, Targets::default());
     let mut classifier = Classifier::load(&files, target, &start, Noise::new(1), DType::F32, &Device::Cpu)?;
     classifier.set_max_length(MAX_LENGTH)?;
@@ -79,7 +79,7 @@ fn a_table_of_four_classes_is_learnt_saved_opened_and_predicted_as_peft_predicts
     }
 
     let dir = tempfile::tempdir()?;
-    classifier.save(&asset("tiny-roberta"), dir.path())?;
+    classifier.save(&tiny_roberta(), dir.path())?;
     // The adapter names its base model itself.
     let mut opened = Classifier::open(dir.path(), None, DType::F32, &Device::Cpu)?;
     opened.set_max_length(MAX_LENGTH)?;
@@ -157,7 +157,7 @@ fn scores_are_predicted_too_and_rows_without_one_not_trained_on() -> Outcome {
     let submission = Submission::new(Task::Stsb, "test", &said)?.text;
     assert!(submission.starts_with("index\tprediction\n0\t"), "{submission}");
     // Rows without a label can be predicted, not trained on, for classes and scores alike.
-    let files = ModelFiles::locate(&asset("tiny-roberta"), None)?;
+    let files = ModelFiles::locate(&tiny_roberta(), None)?;
     for outputs in [1usize, 2] {
         let start = MethodInit::Fresh(lora(), Targets::default());
         let fresh = Classifier::load(&files, outputs, &start, Noise::new(1), DType::F32, &Device::Cpu)?;
@@ -176,7 +176,7 @@ fn classes_that_are_called_by_numbers_keep_their_names() -> Outcome {
     let target = Target::Classes(Labels::new(["0", "1"])?);
     let rows: Vec<Example> = (0..4).map(|i| Example::new("a text", None, Label::Class(i % 2))).collect();
     for (method, folder) in [(lora(), "adapter"), (Method::Full, "model")] {
-        trained(method, &target, &rows)?.save(&asset("tiny-roberta"), dir.path())?;
+        trained(method, &target, &rows)?.save(&tiny_roberta(), dir.path())?;
         let opened = Classifier::open(&dir.path().join(folder), None, DType::F32, &Device::Cpu)?;
         assert_eq!(opened.labels, Labels::from(&target), "{folder}");
     }
@@ -193,7 +193,7 @@ fn what_cannot_be_opened_says_why() -> Outcome {
         empty.ends_with("no adapter_config.json and no config.json, here or in adapter/ or model/"),
         "{empty}"
     );
-    let bare = open(Path::new(&asset("tiny-roberta")));
+    let bare = open(&asset("tiny-roberta"));
     assert!(bare.contains("no trained head in it, nor in an adapter"), "{bare}");
     std::fs::create_dir(dir.path().join("adapter"))?;
     std::fs::write(dir.path().join("adapter/parameters.safetensors"), "")?;

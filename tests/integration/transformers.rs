@@ -2,18 +2,14 @@
 //! `tests/data/make_transformers_golden.py`), on every path of the ops.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 
-use crate::support::{assert_close, Outcome};
+use crate::support::{assert_close, data, golden, vb, Outcome};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
 use monteclora::adapter::{Context, Params, Pass, Role};
 use monteclora::models::roberta::{RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification};
 use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
 use monteclora::peft::AdapterFile;
-
-const PATHS: [OpPath; 3] = [OpPath::Fused, OpPath::Composed, OpPath::Reference];
 
 /// One model's part of the golden file: weights and expected values, and its configuration.
 struct Golden {
@@ -23,16 +19,8 @@ struct Golden {
 
 impl Golden {
     fn open(family: &str) -> Outcome<Self> {
-        let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data");
-        let all = candle_core::safetensors::load(dir.join("transformers_golden.safetensors"), &Device::Cpu)?;
-        let prefix = format!("{family}/");
-        let part = |(name, t): (String, Tensor)| Some((name.strip_prefix(&prefix)?.to_string(), t));
-        let config = RobertaConfig::from_file(&dir.join(format!("toy_{family}_config.json")))?;
-        Ok(Self { tensors: all.into_iter().filter_map(part).collect(), config })
-    }
-
-    fn vb(&self, dtype: DType) -> VarBuilder<'static> {
-        VarBuilder::from_tensors(self.tensors.clone(), dtype, &Device::Cpu)
+        let config = RobertaConfig::from_file(&data(&format!("toy_{family}_config.json")))?;
+        Ok(Self { tensors: golden("transformers", family)?, config })
     }
 
     /// Ids, token types if the model has them, attention mask.
@@ -49,10 +37,10 @@ fn classifiers_give_the_logits_of_transformers() -> Outcome {
         let golden = Golden::open(family)?;
         let (ids, types, mask) = golden.inputs()?;
         for (dtype, tolerance) in [(DType::F32, 5e-5), (DType::F64, 2e-6)] {
-            let vb = golden.vb(dtype);
+            let vb = vb(&golden.tensors, dtype);
             let model =
                 RobertaForSequenceClassification::load(vb.clone(), vb, &golden.config, Noise::new(0))?;
-            for path in PATHS {
+            for path in OpPath::ALL {
                 let cx = Context::from(Pass::Mean).with_path(path);
                 let logits = model.forward(&ids, types.as_ref(), &mask, &cx)?;
                 assert_close(&logits, &golden.tensors["logits"], tolerance)?;
@@ -68,7 +56,7 @@ fn the_masked_lm_head_gives_the_logits_of_transformers() -> Outcome {
     let (ids, _, mask) = golden.inputs()?;
     let (b, t, vocab) = golden.tensors["mlm_logits"].dims3()?;
     let positions = Tensor::arange(0u32, (b * t) as u32, &Device::Cpu)?;
-    let model = RobertaForMaskedLM::load(golden.vb(DType::F32), &golden.config, Noise::new(0))?;
+    let model = RobertaForMaskedLM::load(vb(&golden.tensors, DType::F32), &golden.config, Noise::new(0))?;
     let logits = model.forward(&ids, None, &mask, &positions, &Pass::Mean.into())?;
     // Outputs at padding are arbitrary: compare only real tokens.
     let real = mask.reshape((b * t, 1))?.to_dtype(DType::F32)?;
@@ -81,11 +69,11 @@ fn gradients_are_those_of_transformers() -> Outcome {
     let golden = Golden::open("roberta")?;
     let (ids, _, mask) = golden.inputs()?;
     let params = Params::new(Noise::new(0), &Device::Cpu);
-    let vb = params.var_builder(Some(golden.vb(DType::F32)), Role::Base);
+    let vb = params.var_builder(Some(vb(&golden.tensors, DType::F32)), Role::Base);
     let model = RobertaForSequenceClassification::load(vb.clone(), vb, &golden.config, Noise::new(0))?;
     let expected: Vec<_> = golden.tensors.iter().filter(|(name, _)| name.starts_with("grad.")).collect();
     assert_eq!(expected.len(), 2);
-    for path in PATHS {
+    for path in OpPath::ALL {
         let logits = model.forward(&ids, None, &mask, &Context::from(Pass::Mean).with_path(path))?;
         let loss = ops::cross_entropy(&logits, &golden.tensors["labels"], -100, path)?;
         assert_close(&loss, &golden.tensors["loss"].squeeze(0)?, 1e-5)?;
@@ -102,7 +90,7 @@ fn gradients_are_those_of_transformers() -> Outcome {
 
 #[test]
 fn adapters_of_python_peft_give_the_logits_that_peft_gives() -> Outcome {
-    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/peft_adapters");
+    let dir = data("peft_adapters");
     let expected = candle_core::safetensors::load(dir.join("expected.safetensors"), &Device::Cpu)?;
     for (family, name) in
         [("roberta", "roberta_monteclora"), ("bert", "bert_lora"), ("roberta", "roberta_lora")]
@@ -110,7 +98,7 @@ fn adapters_of_python_peft_give_the_logits_that_peft_gives() -> Outcome {
         let golden = Golden::open(family)?;
         let (ids, types, mask) = golden.inputs()?;
         let params = Params::new(Noise::new(0), &Device::Cpu);
-        let vb = golden.vb(DType::F32);
+        let vb = vb(&golden.tensors, DType::F32);
         let head = params.var_builder(Some(vb.clone()), Role::Head);
         let mut model = RobertaForSequenceClassification::load(vb, head, &golden.config, Noise::new(0))?;
         let forward = |model: &RobertaForSequenceClassification| {

@@ -19,6 +19,7 @@ mod several_layers;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;
 use monteclora::adapter::{AdaptableLinear, AdaptableModel, BaseLinear, Params};
+use monteclora::linears;
 use monteclora::noise::{Noise, Purpose};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -54,23 +55,7 @@ fn shake(params: &Params) -> Result<()> {
 struct Model(Vec<AdaptableLinear>);
 
 impl AdaptableModel for Model {
-    fn default_targets(&self) -> &'static [&'static str] {
-        &[]
-    }
-
-    fn visit_linears(
-        &self,
-        f: &mut dyn FnMut(&AdaptableLinear) -> monteclora::Result<()>,
-    ) -> monteclora::Result<()> {
-        self.0.iter().try_for_each(f)
-    }
-
-    fn visit_linears_mut(
-        &mut self,
-        f: &mut dyn FnMut(&mut AdaptableLinear) -> monteclora::Result<()>,
-    ) -> monteclora::Result<()> {
-        self.0.iter_mut().try_for_each(f)
-    }
+    linears!(0);
 }
 
 /// Asserts that the mean of `draws` is `want`, by its z-score; returns the score.

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::Linear;
 
 use super::*;
-use crate::adapter::{AdaptableLinear, AdaptableModel, Context, Init, Params, Pass, Role};
+use crate::adapter::{linears, AdaptableLinear, AdaptableModel, Context, Init, Params, Pass, Role};
 use crate::adapters::{Lora, LoraConfig, LoraFa};
 use crate::bayes::PRECISION_BOUNDS;
 use crate::data::encode::Encoded;
@@ -76,13 +76,7 @@ impl AdaptableModel for Toy {
         &["layer"]
     }
 
-    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
-        f(&self.layer)
-    }
-
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
-        f(&mut self.layer)
-    }
+    linears!(layer);
 }
 
 fn encoded(rows: &[(&[u32], u32)]) -> Vec<Encoded> {

@@ -1,7 +1,7 @@
 use candle_nn::Linear;
 
 use super::*;
-use crate::adapter::{AdaptableLinear, Context, Role};
+use crate::adapter::{linears, AdaptableLinear, Context, Role};
 use crate::adapters::LoraConfig;
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
@@ -10,17 +10,7 @@ use crate::data::task::Label;
 struct Toy(AdaptableLinear);
 
 impl AdaptableModel for Toy {
-    fn default_targets(&self) -> &'static [&'static str] {
-        &[]
-    }
-
-    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
-        f(&self.0)
-    }
-
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
-        f(&mut self.0)
-    }
+    linears!(0);
 }
 
 impl Predictor for Toy {

@@ -105,7 +105,8 @@ mod tests {
         value["rope_scaling"] = json!({"type": "linear", "factor": 8});
         assert!(DecoderConfig::from_value(value.clone()).is_ok());
         value["rope_scaling"]["factor"] = json!(4);
-        assert!(DecoderConfig::from_value(value).is_err());
+        let error = DecoderConfig::from_value(value).unwrap_err().to_string();
+        assert!(error.starts_with("invalid rope_scaling: there are rope_parameters as well"), "{error}");
         Ok(())
     }
 

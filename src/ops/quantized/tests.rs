@@ -8,8 +8,6 @@ use super::{quantized_linear, QuantizedWeight, Weight};
 use crate::noise::{Noise, Purpose};
 use crate::ops::{self, OpPath};
 
-const PATHS: [OpPath; 3] = [OpPath::Fused, OpPath::Composed, OpPath::Reference];
-
 fn normal(name: &str, shape: &[usize]) -> Result<Tensor> {
     let mut z = vec![0f32; shape.iter().product()];
     Noise::new(5).stream(name, Purpose::Init).fill_normal_f32(0, &mut z);
@@ -42,7 +40,7 @@ fn many_rows_and_their_gradient_are_those_of_the_dequantised_layer() -> Result<(
         let xs = normal("x", &[2, 50, 256])?;
         let dense = |xs: &Tensor| ops::linear(xs, &weight.dequantize()?, Some(&bias), OpPath::Reference);
         let want = step(&xs, &grad, dense)?;
-        for path in PATHS {
+        for path in OpPath::ALL {
             let got = step(&xs, &grad, |xs| quantized_linear(xs, &weight, Some(&bias), path))?;
             for (got, want) in got.iter().zip(&want) {
                 assert!(largest(got, want)? < 1e-4, "{kind:?} {path:?}");
@@ -87,7 +85,7 @@ fn a_weight_of_several_blocks_is_one_weight() -> Result<()> {
     assert_eq!(weight.blocks().collect::<Vec<_>>(), [(0, 4096), (4096, 104)]);
     let (xs, grad) = (normal("x", &[11, 256])?, normal("g", &[11, 4200])?);
     let want = step(&xs, &grad, |xs| ops::linear(xs, &weight.dequantize()?, None, OpPath::Reference))?;
-    for path in PATHS {
+    for path in OpPath::ALL {
         let got = step(&xs, &grad, |xs| quantized_linear(xs, &weight, None, path))?;
         assert!(largest(&got[0], &want[0])? < 1e-3 && largest(&got[1], &want[1])? < 1e-3, "{path:?}");
     }
@@ -149,7 +147,7 @@ fn the_loss_over_a_quantised_head_is_that_over_the_dequantised_one() -> Result<(
         step(&xs, &one, |xs| ops::linear_cross_entropy(xs, &weight, &labels, -100, path))
     };
     let want = loss(weight.dequantize()?.into(), OpPath::Reference)?;
-    for path in PATHS {
+    for path in OpPath::ALL {
         let got = loss(weight.clone().into(), path)?;
         assert!((got[0].to_scalar::<f32>()? - want[0].to_scalar::<f32>()?).abs() < 1e-4, "{path:?}");
         assert!(largest(&got[1], &want[1])? < 1e-6, "{path:?}");

@@ -66,7 +66,7 @@ fn a_kept_mask_serves_its_own_sizes_alone() {
         y.squeeze(0).unwrap().to_vec2::<f32>().unwrap()
     };
     let masks = [(true, None), (true, Some(window.clone())), (false, Some(window))];
-    for path in [OpPath::Fused, OpPath::Composed, OpPath::Reference] {
+    for path in OpPath::ALL {
         for (is_causal, window) in &masks {
             let mask =
                 Mask { causal: is_causal.then(|| causal.clone()), window: window.clone(), padding: None };

@@ -56,7 +56,7 @@ pub(super) fn cases() -> Vec<Case> {
 #[test]
 fn a_cap_bites_and_a_wide_one_does_not() {
     let xs = (normal("cap", &[50]).to_dtype(DType::F32).unwrap() * 3.0).unwrap();
-    for path in [OpPath::Fused, OpPath::Composed, OpPath::Reference] {
+    for path in OpPath::ALL {
         let narrow = flat(&soft_cap(&xs, 2.0, path).unwrap());
         assert!(narrow.iter().all(|y| y.abs() < 2.0) && narrow.iter().any(|y| y.abs() > 1.9), "{path:?}");
         assert_close("wide", &flat(&soft_cap(&xs, 1e4, path).unwrap()), &flat(&xs), 1e-5);

@@ -2,7 +2,7 @@ use candle_core::{DType, Device};
 use candle_nn::Linear;
 
 use super::*;
-use crate::adapter::{visit_active, AdaptableLinear, Pass, ScalerFactors};
+use crate::adapter::{linears, visit_active, AdaptableLinear, Pass, ScalerFactors};
 use crate::adapters::Blob;
 use crate::monteclora::ScalerSchedule;
 use crate::noise::Noise;
@@ -11,17 +11,7 @@ use crate::optim::Gradients;
 struct One(AdaptableLinear);
 
 impl AdaptableModel for One {
-    fn default_targets(&self) -> &'static [&'static str] {
-        &[]
-    }
-
-    fn visit_linears(&self, f: &mut dyn FnMut(&AdaptableLinear) -> Result<()>) -> Result<()> {
-        f(&self.0)
-    }
-
-    fn visit_linears_mut(&mut self, f: &mut dyn FnMut(&mut AdaptableLinear) -> Result<()>) -> Result<()> {
-        f(&mut self.0)
-    }
+    linears!(0);
 }
 
 /// A layer with BLoB, and its parameters.

@@ -1,21 +1,14 @@
-//! Shared by the integration tests: toy encoders in general position, and helpers.
+//! Toy encoders in general position.
 
 use std::collections::HashMap;
-use std::io::Write;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use monteclora::adapter::{Params, Role};
 use monteclora::models::roberta::{Family, RobertaConfig, RobertaForSequenceClassification};
-use monteclora::noise::{Noise, Purpose};
+use monteclora::noise::Noise;
 
-/// A test's result.
-pub type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
-
-/// Reports that a test was skipped, in a way that the test runner does not capture.
-pub fn skipped(why: &str) {
-    writeln!(std::io::stderr(), "skipped: {why}").ok();
-}
+use super::{scatter, Outcome};
 
 /// A configuration with three labels, two layers, and all widths different.
 pub fn toy_config(family: Family) -> RobertaConfig {
@@ -52,20 +45,8 @@ pub fn padded_batch(config: &RobertaConfig) -> Outcome<(Tensor, Tensor, Tensor)>
     ))
 }
 
-/// Moves every parameter into general position: biases are not 0, norms are not 1.
-pub fn scatter(params: &Params) -> Outcome {
-    for (name, param) in params.all() {
-        let mut z = vec![0.0; param.var.elem_count()];
-        Noise::new(11).stream(&name, Purpose::Init).fill_normal(0, &mut z);
-        let z = Tensor::from_vec(z, param.var.shape(), params.device())?.to_dtype(params.dtype())?;
-        params.set(&name, &(param.var.as_tensor() + (z * 0.15)?)?.detach())?;
-    }
-    Ok(())
-}
-
 /// The weights of the model that `load` builds, in general position.
 pub fn toy_weights(
-    _config: &RobertaConfig,
     load: impl Fn(VarBuilder<'static>, Noise) -> monteclora::Result<()>,
 ) -> Outcome<HashMap<String, Tensor>> {
     let params = Params::new(Noise::new(5), &Device::Cpu);
@@ -94,24 +75,4 @@ pub fn toy_classifier(
     let params = Params::with_dtype(Noise::new(6), dtype, &Device::Cpu);
     let head = params.var_builder(Some(vb.clone()), Role::Head);
     Ok((RobertaForSequenceClassification::load(vb, head, config, Noise::new(0))?, params))
-}
-
-/// Asserts that every element is within `tolerance`, which is absolute.
-pub fn assert_close(got: &Tensor, expected: &Tensor, tolerance: f64) -> Outcome {
-    assert_eq!(got.dims(), expected.dims());
-    let wide = |t: &Tensor| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
-    let (got, expected) = (wide(got)?, wide(expected)?);
-    for (i, (g, e)) in got.iter().zip(&expected).enumerate() {
-        assert!((g - e).abs() <= tolerance, "element {i}: got {g}, expected {e} within {tolerance}");
-    }
-    Ok(())
-}
-
-/// The recipe of this name with rank 4 and alpha 8, if it has them.
-pub fn small(name: &str) -> String {
-    match name {
-        "full" | "ia3" | "prompt" => name.to_string(),
-        "bottleneck" => format!("{name}:rank=4"),
-        _ => format!("{name}:rank=4:alpha=8"),
-    }
 }
