@@ -44,7 +44,7 @@ use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
 use monteclora::models::Quantization;
 use monteclora::peft::{self, AdapterFile, AdapterMetadata, ExportFormat, Task};
 use monteclora::train::distributed::Communicator;
-use monteclora::train::{self, held_out_loss_in_turns, CausalTuning, Method, RunFolder, Summary};
+use monteclora::train::{self, held_out_loss_in_turns, CausalTuning, Method, MethodName, RunFolder, Summary};
 use monteclora::util::files;
 use monteclora::{Noise, Params};
 use serde_json::{json, Value};
@@ -197,9 +197,9 @@ fn run(processes: &Processes) -> Outcome {
     }
     let setup = Setup { args, model, files, config, encoder, data };
     let mut table = Vec::new();
-    for name in &methods {
+    for &name in &methods {
         let output = setup.args.output.as_ref();
-        let output = output.map(|dir| if methods.len() == 1 { dir.clone() } else { dir.join(name) });
+        let output = output.map(|dir| if methods.len() == 1 { dir.clone() } else { dir.join(name.as_str()) });
         table.push(setup.tune(name, output.as_deref(), processes)?);
     }
     tell!(
@@ -267,7 +267,7 @@ fn data(args: &Args, format: &RowFormat, config: &DecoderConfig, encoder: &Promp
 impl Setup {
     /// Runs one method: load, generate, train, evaluate, generate, write. Returns the contents of
     /// `metrics.json`.
-    fn tune(&self, name: &str, out: Option<&Path>, processes: &Processes) -> Outcome<Value> {
+    fn tune(&self, name: MethodName, out: Option<&Path>, processes: &Processes) -> Outcome<Value> {
         processes.check(0)?;
         let writes = out.filter(|_| processes.is_first());
         // Held until everything is written, not only during training.
@@ -291,7 +291,7 @@ impl Setup {
         }
 
         let whole = writes
-            .filter(|_| saves && (args.merged || name == "full"))
+            .filter(|_| saves && (args.merged || name == MethodName::Full))
             .map(|dir| RunFolder::new(dir).model());
         if let Some(dir) = &whole {
             check_apart("--model", Path::new(&self.model), dir)?;
@@ -314,11 +314,11 @@ impl Setup {
         let log = writes.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
         let keep = || match (writes.filter(|_| saves), &adapter) {
             (Some(dir), Some(adapter)) => self.save_adapter(&model, &params, adapter, dir),
-            (Some(dir), None) if name == "full" => RunFolder::new(dir).remove_adapter(),
+            (Some(dir), None) if name == MethodName::Full => RunFolder::new(dir).remove_adapter(),
             (Some(dir), None) => RunFolder::new(dir).save_parameters(&params),
             (None, _) => Ok(()),
         };
-        let bar = processes.progress(0, name);
+        let bar = processes.progress(0, name.as_str());
         let evaluate = |bar: &ProgressBar, step| {
             let loss = loss(PosteriorWeights::Mean)?;
             say(bar, &format!("{} step {step}: held-out loss {loss:.4}", bar.prefix()));
@@ -362,7 +362,7 @@ impl Setup {
         let draws = if start.method().has_posterior() { args.posterior_samples } else { 0 };
         let posterior = (draws > 0).then_some(PosteriorWeights::Average(draws));
         let metrics = json!({
-            "model": self.model, "method": name, "seed": args.train.seed, "steps": summary.steps,
+            "model": self.model, "method": name.as_str(), "seed": args.train.seed, "steps": summary.steps,
             "kept_step": summary.kept_step, "seconds": summary.seconds,
             "step_seconds_median": summary.step_seconds_median, "skipped": summary.skipped,
             "trainable_parameters": params.trainable_count(), "loss_before": before,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use monteclora::adapters::{AdaLoraConfig, BlobConfig, BottleneckConfig, LoraConfig, PromptConfig};
 use monteclora::inject::{Select, Targets};
 use monteclora::peft::AdapterFile;
-use monteclora::train::{Method, MethodInit, RunFolder};
+use monteclora::train::{Method, MethodInit, MethodName, RunFolder};
 use monteclora::{MonteCLoRAConfig, Prior};
 
 use super::download;
@@ -20,7 +20,7 @@ pub struct MethodOptions {
     /// The method: monteclora, monteclora-released, lora, map (LoRA with a prior), lora-fa, dora, adalora,
     /// blob, ia3, bottleneck, prompt or full. Default: lora, then monteclora.
     #[arg(long)]
-    pub method: Option<String>,
+    pub method: Option<MethodName>,
     /// Layers to adapt: names separated by commas, `all-linear` or `default` (the query, key and value
     /// projections).
     #[arg(long, default_value = "default")]
@@ -67,25 +67,20 @@ pub struct MethodOptions {
     pub post_hoc: bool,
 }
 
-/// The methods with a pair B A.
-pub const LOW_RANK: &[&str] =
-    &["lora", "map", "lora-fa", "dora", "adalora", "blob", "monteclora", "monteclora-released"];
-/// The methods that adapt layers without such a pair.
-const ON_LAYERS: &[&str] = &["ia3", "bottleneck"];
-/// The methods that read each option.
-const READ_BY: &[(&str, &[&[&str]])] = &[
-    ("targets", &[LOW_RANK, ON_LAYERS]),
-    ("exclude", &[LOW_RANK, ON_LAYERS]),
-    ("layers", &[LOW_RANK, ON_LAYERS]),
-    ("rank", &[LOW_RANK, &["bottleneck"]]),
-    ("alpha", &[LOW_RANK]),
-    ("rslora", &[&["lora", "map", "lora-fa", "dora", "monteclora", "monteclora-released"]]),
-    ("adapter_dropout", &[LOW_RANK]),
-    ("virtual_tokens", &[&["prompt"]]),
-    ("preset", &[&["monteclora"]]),
-    ("num_components", &[&["monteclora", "monteclora-released"]]),
-    ("sample_scaler", &[&["monteclora", "monteclora-released"]]),
-    ("kl_weight", &[&["monteclora", "monteclora-released"]]),
+/// The options, each with whether a method reads it.
+const READ_BY: [(&str, fn(MethodName) -> bool); 12] = [
+    ("targets", MethodName::has_targets),
+    ("exclude", MethodName::has_targets),
+    ("layers", MethodName::has_targets),
+    ("rank", MethodName::has_rank),
+    ("alpha", MethodName::has_pair),
+    ("rslora", MethodName::has_rslora),
+    ("adapter_dropout", MethodName::has_pair),
+    ("virtual_tokens", |name| name == MethodName::Prompt),
+    ("preset", |name| name == MethodName::MonteCLoRA),
+    ("num_components", MethodName::is_monteclora),
+    ("sample_scaler", MethodName::is_monteclora),
+    ("kl_weight", MethodName::is_monteclora),
 ];
 
 impl MethodOptions {
@@ -104,29 +99,25 @@ impl MethodOptions {
     }
 
     /// The names of the methods to run, one after the other.
-    pub fn names(&self) -> Outcome<Vec<String>> {
+    pub fn names(&self) -> Outcome<Vec<MethodName>> {
         let of_file = match &self.adapter {
-            Some(_) if self.post_hoc => Some("monteclora"),
-            Some(dir) => Some(match Method::from(AdapterFile::read(dir)?.method()) {
-                Method::Lora(LoraConfig { prior: Some(_), .. }) => "map",
-                method => method.name(),
-            }),
+            Some(_) if self.post_hoc => Some(MethodName::MonteCLoRA),
+            Some(dir) => Some(Method::from(AdapterFile::read(dir)?.method()).name()),
             None => None,
         };
-        Ok(match (&self.method, of_file) {
+        Ok(match (self.method, of_file) {
             (Some(method), Some(name)) if method != name => {
                 return Err(format!("--method {method}: the method of --adapter is {name}").into());
             }
-            (_, Some(name)) => vec![name.to_string()],
-            (Some(method), None) => vec![method.clone()],
-            (None, None) => vec!["lora".to_string(), "monteclora".to_string()],
+            (_, Some(name)) | (Some(name), None) => vec![name],
+            (None, None) => vec![MethodName::Lora, MethodName::MonteCLoRA],
         })
     }
 
     /// Whether one of the methods with these names is as asked.
-    pub fn any(&self, names: &[String], is: fn(&Method) -> bool) -> Outcome<bool> {
+    pub fn any(&self, names: &[MethodName], is: fn(&Method) -> bool) -> Outcome<bool> {
         for name in names {
-            if is(&self.method(name)?) {
+            if is(&self.method(*name)?) {
                 return Ok(true);
             }
         }
@@ -134,7 +125,7 @@ impl MethodOptions {
     }
 
     /// How the method with this name starts, in a run that writes below `out`.
-    pub fn start(&self, name: &str, out: Option<&Path>) -> Outcome<MethodInit> {
+    pub fn start(&self, name: MethodName, out: Option<&Path>) -> Outcome<MethodInit> {
         if let (Some(dir), Some(out)) = (&self.adapter, out) {
             check_apart("--adapter", dir, &RunFolder::new(out).adapter())?;
         }
@@ -150,7 +141,7 @@ impl MethodOptions {
     }
 
     /// Warns about given options that none of the methods with these names reads.
-    pub fn tell_unread(&self, given: &Given, names: &[String]) {
+    pub fn tell_unread(&self, given: &Given, names: &[MethodName]) {
         if self.post_hoc {
             given.without_effect(
                 &["loraplus_ratio", "head_lr_ratio"],
@@ -159,13 +150,14 @@ impl MethodOptions {
         }
         let of_file =
             self.adapter.as_ref().map(|dir| format!("its value comes from --adapter {}", dir.display()));
-        for (option, methods) in READ_BY {
-            let methods = methods.concat();
+        for (option, reads) in READ_BY {
             // With --post-hoc, only the posterior's own options are read; the rest comes from the adapter.
-            let posterior = ["preset", "num_components", "sample_scaler", "kl_weight"].contains(option);
+            let posterior = reads(MethodName::MonteCLoRA) && !reads(MethodName::Lora);
             match &of_file {
                 Some(why) if !(self.post_hoc && posterior) => given.without_effect(&[option], why),
-                _ if !names.iter().any(|name| methods.contains(&name.as_str())) => {
+                _ if !names.iter().any(|name| reads(*name)) => {
+                    let methods = MethodName::ALL.into_iter().filter(|name| reads(*name));
+                    let methods: Vec<&str> = methods.map(MethodName::as_str).collect();
                     given.without_effect(&[option], &format!("it only applies to {}", methods.join(", ")));
                 }
                 _ => {}
@@ -176,7 +168,7 @@ impl MethodOptions {
     /// The text length for `--max-length` on a model of `longest` positions, given the method's virtual
     /// tokens.
     pub fn text_length(&self, max_length: usize, longest: usize) -> usize {
-        let virtual_tokens = if self.method.as_deref() == Some("prompt") { self.virtual_tokens } else { 0 };
+        let virtual_tokens = if self.method == Some(MethodName::Prompt) { self.virtual_tokens } else { 0 };
         text_length(max_length, longest, virtual_tokens)
     }
 
@@ -187,33 +179,25 @@ impl MethodOptions {
     }
 
     /// Creates the method with this name from the options that it reads.
-    fn method(&self, name: &str) -> Outcome<Method> {
+    fn method(&self, name: MethodName) -> Outcome<Method> {
         let (rank, alpha, dropout, use_rslora) = (self.rank, self.alpha, self.adapter_dropout, self.rslora);
-        match name {
-            "full" => Ok(Method::Full),
-            "lora" => Ok(Method::Lora(LoraConfig { rank, alpha, dropout, use_rslora, ..Default::default() })),
-            "map" => {
-                Ok(Method::Lora(LoraConfig { rank, alpha, dropout, use_rslora, prior: Some(Prior::map()) }))
+        let lora = LoraConfig { rank, alpha, dropout, use_rslora, prior: None };
+        Ok(match name {
+            MethodName::Full => Method::Full,
+            MethodName::Lora => Method::Lora(lora),
+            MethodName::Map => Method::Lora(LoraConfig { prior: Some(Prior::map()), ..lora }),
+            MethodName::LoraFa => Method::LoraFa(lora),
+            MethodName::Dora => Method::Dora(lora),
+            MethodName::AdaLora => {
+                Method::AdaLora(AdaLoraConfig { alpha, dropout, ..AdaLoraConfig::towards(rank) })
             }
-            "lora-fa" => {
-                Ok(Method::LoraFa(LoraConfig { rank, alpha, dropout, use_rslora, ..Default::default() }))
-            }
-            "dora" => Ok(Method::Dora(LoraConfig { rank, alpha, dropout, use_rslora, ..Default::default() })),
-            "adalora" => {
-                Ok(Method::AdaLora(AdaLoraConfig { alpha, dropout, ..AdaLoraConfig::towards(rank) }))
-            }
-            "blob" => Ok(Method::Blob(BlobConfig { rank, alpha, dropout, ..BlobConfig::default() })),
-            "prompt" => Ok(Method::Prompt(PromptConfig { virtual_tokens: self.virtual_tokens })),
-            "ia3" => Ok(Method::Ia3),
-            "bottleneck" => Ok(Method::Bottleneck(BottleneckConfig { width: rank })),
-            "monteclora" => Ok(Method::MonteCLoRA(self.monteclora()?)),
-            "monteclora-released" => Ok(Method::Released(self.with_options(MonteCLoRAConfig::released()))),
-            other => {
-                let known = "monteclora, monteclora-released, lora, map, lora-fa, dora, adalora, blob, ia3, \
-                             bottleneck, prompt or full";
-                Err(format!("--method: expected {known}, got {other}").into())
-            }
-        }
+            MethodName::Blob => Method::Blob(BlobConfig { rank, alpha, dropout, ..BlobConfig::default() }),
+            MethodName::Prompt => Method::Prompt(PromptConfig { virtual_tokens: self.virtual_tokens }),
+            MethodName::Ia3 => Method::Ia3,
+            MethodName::Bottleneck => Method::Bottleneck(BottleneckConfig { width: rank }),
+            MethodName::MonteCLoRA => Method::MonteCLoRA(self.monteclora()?),
+            MethodName::Released => Method::Released(self.with_options(MonteCLoRAConfig::released())),
+        })
     }
 
     /// The configuration of MonteCLoRA from its preset and options.

@@ -5,12 +5,12 @@ use std::path::Path;
 use candle_core::DType;
 use monteclora::optim::IvonConfig;
 use monteclora::train::{
-    fingerprint, Checkpoints, LrRatios, Method, MethodInit, OnNonFinite, Schedule, Settings, TrainConfig,
+    fingerprint, Checkpoints, LrRatios, Method, MethodInit, MethodName, OnNonFinite, Schedule, Settings,
+    TrainConfig,
 };
 use monteclora::util::files;
 
 use super::given::Given;
-use super::options::LOW_RANK;
 use super::Outcome;
 
 // How to train.
@@ -112,17 +112,17 @@ pub struct TrainOptions {
 
 impl TrainOptions {
     /// Warns about given options that the methods with these names do not read.
-    pub fn tell_unread(&self, given: &Given, names: &[String], output: bool) {
-        let read = |methods: &[&str]| names.iter().any(|name| methods.contains(&name.as_str()));
+    pub fn tell_unread(&self, given: &Given, names: &[MethodName], output: bool) {
+        let names = || names.iter().copied();
         if self.ivon {
             let of_adamw =
                 ["weight_decay", "clip", "adam_beta1", "adam_beta2", "adam_eps", "no_vector_decay"];
             given.without_effect(&of_adamw, "it only applies to AdamW, and --ivon has its own");
         }
-        if !(read(LOW_RANK) || read(&["bottleneck"])) {
+        if !names().any(MethodName::has_rank) {
             given.without_effect(&["loraplus_ratio"], "the method has no B");
         }
-        if !read(&["monteclora", "monteclora-released"]) {
+        if !names().any(MethodName::is_monteclora) {
             given.without_effect(
                 &["variational_lr_ratio"],
                 "only monteclora's posterior has a rate of its own",

@@ -30,7 +30,7 @@ use common::training::TrainOptions;
 use common::{interrupt, Outcome};
 use monteclora::data::task::{Splits, Task};
 use monteclora::models::Quantization;
-use monteclora::train::Method;
+use monteclora::train::{Method, MethodName};
 use monteclora::Noise;
 use predict::Request;
 use rows::{Goal, TableOptions};
@@ -168,9 +168,9 @@ fn run(processes: &Processes) -> Outcome {
     let methods = args.method.names()?;
     tell_unread(&args, &given, &methods, &goal)?;
     let mut table = Vec::new();
-    for name in &methods {
-        let output =
-            args.output.as_ref().map(|dir| if methods.len() == 1 { dir.clone() } else { dir.join(name) });
+    for &name in &methods {
+        let output = args.output.as_ref();
+        let output = output.map(|dir| if methods.len() == 1 { dir.clone() } else { dir.join(name.as_str()) });
         let out = output.as_deref();
         let run = Run {
             args: &args,
@@ -206,7 +206,7 @@ fn load_data(args: &Args, task: Task) -> Outcome<(Goal, Splits)> {
 }
 
 /// Warns about given options that a training of these methods does not read.
-fn tell_unread(args: &Args, given: &Given, methods: &[String], goal: &Goal) -> Outcome {
+fn tell_unread(args: &Args, given: &Given, methods: &[MethodName], goal: &Goal) -> Outcome {
     args.method.tell_unread(given, methods);
     args.train.tell_unread(given, methods, args.output.is_some());
     if args.tables.train.is_none() {

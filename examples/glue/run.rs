@@ -11,7 +11,8 @@ use monteclora::data::task::Splits;
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::sequence::SequenceConfig;
 use monteclora::train::{
-    self, Classification, Classifier, Evaluation, Method, MethodInit, Predictions, RunFolder, Summary,
+    self, Classification, Classifier, Evaluation, Method, MethodInit, MethodName, Predictions, RunFolder,
+    Summary,
 };
 use monteclora::util::files;
 use monteclora::Noise;
@@ -34,8 +35,7 @@ pub struct Run<'a> {
     pub args: &'a Args,
     pub goal: &'a Goal,
     pub model: &'a str,
-    /// The name of the method.
-    pub name: &'a str,
+    pub name: MethodName,
     pub start: MethodInit,
     pub dtype: DType,
     /// The folder of the run.
@@ -133,7 +133,7 @@ impl Run<'_> {
         let lr = if args.model.is_none() { 2e-3 } else { 3e-4 };
         let config = args.train.config(lr, &self.start.method(), self.dtype, processes.world())?;
         let log = self.writes.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
-        let bar = processes.progress(0, self.name);
+        let bar = processes.progress(0, self.name.as_str());
         let evaluate =
             |bar: &ProgressBar, step| evaluate(classifier, &rows.dev, &goal.metric, bar, step, processes);
         let keep = || self.writes.map_or(Ok(()), |dir| self.save(classifier, rows.length, dir));
@@ -175,7 +175,7 @@ impl Run<'_> {
             measured.push(Predictions::in_turns(&classifier, rows, batches, samples, communicator)?);
         }
         let mut metrics = json!({
-            "task": goal.name, "method": self.name, "seed": args.train.seed, "model": self.model,
+            "task": goal.name, "method": self.name.as_str(), "seed": args.train.seed, "model": self.model,
             "trainable_parameters": classifier.params.trainable_count(), "steps": summary.steps,
             "kept_step": summary.kept_step, "seconds": summary.seconds,
             "step_seconds_median": summary.step_seconds_median, "skipped": summary.skipped,

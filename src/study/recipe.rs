@@ -7,42 +7,24 @@
 //! `lora:held-out=0.15` is trained on 85 % of the rows that `lora` uses; the others serve to fit something
 //! after training, such as a temperature.
 
+mod kind;
 mod options;
 
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use kind::{Kind, Variant};
 use options::{Options, Owner, Set};
 use serde::Serialize;
 
 use crate::adapters::{AdaLoraConfig, BlobConfig, BottleneckConfig, LoraConfig};
 use crate::error::{Error, Result};
 use crate::inject::Targets;
-use crate::monteclora::{Mixture, MonteCLoRAConfig};
+use crate::monteclora::MonteCLoRAConfig;
 use crate::optim::IvonConfig;
-use crate::train::Method;
+use crate::train::{Method, MethodName};
 
-/// The names that a recipe can begin with.
-pub const NAMES: [&str; 18] = [
-    "full",
-    "lora",
-    "map",
-    "rslora",
-    "loraplus",
-    "lora-fa",
-    "ivon",
-    "dora",
-    "adalora",
-    "ia3",
-    "bottleneck",
-    "prompt",
-    "blob",
-    "monteclora",
-    "monteclora-calibrated",
-    "monteclora-sparse",
-    "monteclora-posthoc",
-    "monteclora-released",
-];
+pub use kind::NAMES;
 
 /// How a model is fine-tuned in a study.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -102,25 +84,24 @@ impl FromStr for Recipe {
     fn from_str(text: &str) -> Result<Self> {
         let mut parts = text.split(':');
         let name = parts.next().unwrap_or_default();
-        let mut options = Options::of(name);
+        let kind = Kind::of(name)
+            .ok_or_else(|| wrong(text, &format!("{name:?} is none of {}", NAMES.join(", "))))?;
+        let mut options = Options::of(kind);
         for part in parts {
             let (key, value) = part.split_once('=').ok_or_else(|| wrong(text, "expected key=value"))?;
             options.set(key, value).map_err(|reason| wrong(text, &format!("{part}: {reason}")))?;
         }
-        let of_name = method(name, &options);
-        let method =
-            of_name.ok_or_else(|| wrong(text, &format!("{name:?} is none of {}", NAMES.join(", "))))?;
-        check(name, &options).map_err(|reason| wrong(text, &reason))?;
+        check(kind, &options).map_err(|reason| wrong(text, &reason))?;
+        let method = method(kind, &options);
         let ratios = method.lr_ratios();
-        let ratio = if name == "loraplus" { 16.0 } else { ratios.b };
         Ok(Self {
             text: text.to_string(),
             head_lr_ratio: options.head_ratio.unwrap_or(ratios.head),
             method,
-            loraplus_ratio: options.ratio.unwrap_or(ratio),
+            loraplus_ratio: options.ratio.unwrap_or(ratios.b),
             variational_lr_ratio: options.variational_ratio.unwrap_or(1.0),
-            post_hoc: (name == "monteclora-posthoc").then(|| posterior(name, &options)),
-            ivon: (name == "ivon").then_some(options.ivon),
+            post_hoc: (kind.variant == Variant::PostHoc).then(|| options.posterior()),
+            ivon: (kind.variant == Variant::Ivon).then_some(options.ivon),
             targets: options.targets,
             adapter: options.adapter,
             held_out: options.held_out,
@@ -128,58 +109,43 @@ impl FromStr for Recipe {
     }
 }
 
-/// The method that a recipe of this name trains; `None` if there is no such name.
-fn method(name: &str, options: &Options) -> Option<Method> {
-    let prior = (name == "map").then_some(options.prior);
+/// The method that a recipe trains.
+fn method(kind: Kind, options: &Options) -> Method {
+    let prior = (kind.method == MethodName::Map).then_some(options.prior);
     let lora = LoraConfig { prior, ..options.lora.clone() };
     let LoraConfig { rank, alpha, dropout, .. } = lora;
-    Some(match name {
-        "full" => Method::Full,
-        "lora" | "loraplus" | "map" | "ivon" | "monteclora-posthoc" => Method::Lora(lora),
-        "rslora" => Method::Lora(LoraConfig { use_rslora: true, ..lora }),
-        "lora-fa" => Method::LoraFa(lora),
-        "dora" => Method::Dora(lora),
-        "adalora" => Method::AdaLora(AdaLoraConfig { alpha, dropout, ..AdaLoraConfig::towards(rank) }),
-        "ia3" => Method::Ia3,
-        "bottleneck" => Method::Bottleneck(BottleneckConfig { width: rank }),
-        "prompt" => Method::Prompt(options.prompt.clone()),
-        "blob" => Method::Blob(BlobConfig { rank, alpha, dropout, ..options.blob.clone() }),
-        "monteclora" | "monteclora-calibrated" => Method::MonteCLoRA(posterior(name, options)),
-        "monteclora-released" => Method::Released(posterior(name, options)),
-        "monteclora-sparse" => {
-            let mixture = Mixture::Sparse;
-            Method::MonteCLoRA(MonteCLoRAConfig { mixture, ..posterior(name, options) })
+    match kind.method {
+        MethodName::Full => Method::Full,
+        MethodName::Lora | MethodName::Map => Method::Lora(lora),
+        MethodName::LoraFa => Method::LoraFa(lora),
+        MethodName::Dora => Method::Dora(lora),
+        MethodName::AdaLora => {
+            Method::AdaLora(AdaLoraConfig { alpha, dropout, ..AdaLoraConfig::towards(rank) })
         }
-        _ => return None,
-    })
-}
-
-/// The configuration of MonteCLoRA, for the names that begin with it.
-fn posterior(name: &str, options: &Options) -> MonteCLoRAConfig {
-    let mut config = options.bayes.clone();
-    if let Some(bound) = options.bound() {
-        (config.evidence, config.prior) = (Some(bound), None);
-    } else if name == "monteclora-calibrated" || options.given(Owner::Prior).is_some() {
-        config.prior = Some(options.prior);
+        MethodName::Ia3 => Method::Ia3,
+        MethodName::Bottleneck => Method::Bottleneck(BottleneckConfig { width: rank }),
+        MethodName::Prompt => Method::Prompt(options.prompt.clone()),
+        MethodName::Blob => Method::Blob(BlobConfig { rank, alpha, dropout, ..options.blob.clone() }),
+        MethodName::MonteCLoRA => Method::MonteCLoRA(options.posterior()),
+        MethodName::Released => Method::Released(options.posterior()),
     }
-    config
 }
 
-/// Checks that the options given to a recipe of this name have an effect on it.
-fn check(name: &str, options: &Options) -> Set {
-    let bayesian = name.starts_with("monteclora");
-    let prior = name == "map" || bayesian && name != "monteclora-released";
+/// Checks that the options given to a recipe have an effect on it.
+fn check(kind: Kind, options: &Options) -> Set {
+    let Kind { name, method, variant } = kind;
+    let prior = method == MethodName::Map || kind.has_mixture() && method != MethodName::Released;
     for (owner, its, whose) in [
-        (Owner::Posterior, bayesian, "MonteCLoRA"),
-        (Owner::Blob, name == "blob", "blob"),
-        (Owner::Ivon, name == "ivon", "ivon"),
+        (Owner::Posterior, kind.has_mixture(), "MonteCLoRA"),
+        (Owner::Blob, method == MethodName::Blob, "blob"),
+        (Owner::Ivon, variant == Variant::Ivon, "ivon"),
         (Owner::Prior, prior, "map and of MonteCLoRA"),
     ] {
         if let Some(other) = options.given(owner).filter(|_| !its) {
             return Err(format!("{other} is an option of {whose}"));
         }
     }
-    if let Some((other, _)) = options.given.iter().find(|(key, _)| !reads(name, key)) {
+    if let Some((other, _)) = options.given.iter().find(|(key, _)| !reads(kind, key)) {
         return Err(format!("{name} has no {other}"));
     }
     let of_prior = options.given.iter().find(|(key, owner)| *owner == Owner::Prior && *key != "tau");
@@ -187,7 +153,7 @@ fn check(name: &str, options: &Options) -> Set {
         return Err(format!("with evidence, {other} has no effect: the evidence bound has its own prior"));
     }
     if options.adapter.is_some() {
-        if name != "monteclora-posthoc" {
+        if variant != Variant::PostHoc {
             return Err("adapter is an option of monteclora-posthoc".to_string());
         }
         if let Some(other) = options.given(Owner::Pair) {
@@ -197,17 +163,17 @@ fn check(name: &str, options: &Options) -> Set {
     Ok(())
 }
 
-/// Whether a method accepts this option, for the options of [`Owner::Any`] and [`Owner::Pair`]; true for all
+/// Whether a recipe accepts this option, for the options of [`Owner::Any`] and [`Owner::Pair`]; true for all
 /// others.
-fn reads(name: &str, key: &str) -> bool {
+fn reads(kind: Kind, key: &str) -> bool {
     match key {
-        "rank" => !["full", "ia3", "prompt"].contains(&name),
-        "alpha" | "dropout" => !["full", "ia3", "prompt", "bottleneck"].contains(&name),
-        "ratio" => !["full", "ia3", "prompt", "ivon"].contains(&name),
-        "head-ratio" => name != "ivon",
-        "targets" => !["full", "prompt"].contains(&name),
-        "variational-ratio" => name.starts_with("monteclora"),
-        "tokens" => name == "prompt",
+        "rank" => kind.method.has_rank(),
+        "alpha" | "dropout" => kind.method.has_pair(),
+        "ratio" => kind.method.has_rank() && kind.variant != Variant::Ivon,
+        "head-ratio" => kind.variant != Variant::Ivon,
+        "targets" => kind.method.has_targets(),
+        "variational-ratio" => kind.has_mixture(),
+        "tokens" => kind.method == MethodName::Prompt,
         _ => true,
     }
 }

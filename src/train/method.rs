@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::config::TrainConfig;
 use super::hooks::MethodHooks;
+use super::method_name::MethodName;
 use super::settings::{self, Settings};
 use crate::adapter::{AdaptableModel, Params, Role};
 use crate::adapters::{prompt_tuning, AdaLoraConfig, BlobConfig, BottleneckConfig, LoraConfig, PromptConfig};
@@ -59,20 +60,21 @@ impl From<peft::AdapterMethod> for Method {
 }
 
 impl Method {
-    /// Returns the method's name, as spelled on the command line.
-    pub fn name(&self) -> &'static str {
+    /// Returns the method's name.
+    pub fn name(&self) -> MethodName {
         match self {
-            Self::MonteCLoRA(_) => "monteclora",
-            Self::Released(_) => "monteclora-released",
-            Self::Lora(_) => "lora",
-            Self::LoraFa(_) => "lora-fa",
-            Self::Dora(_) => "dora",
-            Self::AdaLora(_) => "adalora",
-            Self::Blob(_) => "blob",
-            Self::Ia3 => "ia3",
-            Self::Bottleneck(_) => "bottleneck",
-            Self::Prompt(_) => "prompt",
-            Self::Full => "full",
+            Self::MonteCLoRA(_) => MethodName::MonteCLoRA,
+            Self::Released(_) => MethodName::Released,
+            Self::Lora(LoraConfig { prior: Some(_), .. }) => MethodName::Map,
+            Self::Lora(_) => MethodName::Lora,
+            Self::LoraFa(_) => MethodName::LoraFa,
+            Self::Dora(_) => MethodName::Dora,
+            Self::AdaLora(_) => MethodName::AdaLora,
+            Self::Blob(_) => MethodName::Blob,
+            Self::Ia3 => MethodName::Ia3,
+            Self::Bottleneck(_) => MethodName::Bottleneck,
+            Self::Prompt(_) => MethodName::Prompt,
+            Self::Full => MethodName::Full,
         }
     }
 

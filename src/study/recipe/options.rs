@@ -4,12 +4,14 @@ use std::fmt::Display;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use super::kind::{Kind, Variant};
 use crate::adapter::{Prior, PriorForm};
 use crate::adapters::{BlobConfig, LoraConfig, PromptConfig};
 use crate::dist::{Covariance, Estimator};
 use crate::inject::Targets;
-use crate::monteclora::{EvidenceBound, Initial, MonteCLoRAConfig};
+use crate::monteclora::{EvidenceBound, Initial, Mixture, MonteCLoRAConfig};
 use crate::optim::IvonConfig;
+use crate::train::MethodName;
 
 /// The methods that an option belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,21 +102,24 @@ pub(super) struct Options {
 }
 
 impl Options {
-    /// The defaults of the recipe `name`.
-    pub fn of(name: &str) -> Self {
-        let bayes = match name {
-            "monteclora-calibrated" => MonteCLoRAConfig::calibrated(),
-            "monteclora-released" => MonteCLoRAConfig::released(),
+    /// The defaults of a recipe.
+    pub fn of(kind: Kind) -> Self {
+        let bayes = match (kind.method, kind.variant) {
+            (MethodName::Released, _) => MonteCLoRAConfig::released(),
+            (_, Variant::Calibrated) => MonteCLoRAConfig::calibrated(),
+            (_, Variant::Sparse) => {
+                MonteCLoRAConfig { mixture: Mixture::Sparse, ..MonteCLoRAConfig::paper() }
+            }
             _ => MonteCLoRAConfig::paper(),
         };
         Self {
-            lora: LoraConfig::default(),
+            lora: LoraConfig { use_rslora: kind.variant == Variant::RsLora, ..LoraConfig::default() },
             bayes,
             targets: Targets::default(),
-            ratio: None,
+            ratio: (kind.variant == Variant::LoraPlus).then_some(16.0),
             head_ratio: None,
             variational_ratio: None,
-            prior: if name == "map" { Prior::map() } else { Prior::calibrated() },
+            prior: if kind.method == MethodName::Map { Prior::map() } else { Prior::calibrated() },
             width: None,
             evidence: None,
             prompt: PromptConfig::default(),
@@ -131,9 +136,16 @@ impl Options {
         self.given.iter().rev().find(|(_, whose)| *whose == owner).map(|(key, _)| *key)
     }
 
-    /// The evidence bound, if it is the objective. Its temperature is `tau`.
-    pub fn bound(&self) -> Option<EvidenceBound> {
-        self.evidence.map(|std| EvidenceBound { std, temperature: self.prior.temperature, latents: false })
+    /// The configuration of MonteCLoRA. The temperature of the evidence bound is `tau`.
+    pub fn posterior(&self) -> MonteCLoRAConfig {
+        let mut config = self.bayes.clone();
+        if let Some(std) = self.evidence {
+            let bound = EvidenceBound { std, temperature: self.prior.temperature, latents: false };
+            (config.evidence, config.prior) = (Some(bound), None);
+        } else if self.given(Owner::Prior).is_some() {
+            config.prior = Some(self.prior);
+        }
+        config
     }
 
     /// Sets the option of this key.

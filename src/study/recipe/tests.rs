@@ -14,6 +14,9 @@ fn every_name_is_a_recipe_and_options_reach_their_method() -> Result<()> {
         let drawn = name.starts_with("monteclora") && name != "monteclora-released";
         assert_eq!(recipe.has_posterior(), drawn || ["ivon", "blob"].contains(&name));
     }
+    for name in MethodName::ALL {
+        assert_eq!(name.as_str().parse::<Recipe>()?.method.name(), name);
+    }
     let recipe: Recipe = "monteclora:n=64:eps=1e-2:init=random:targets=all-linear:rank=4".parse()?;
     let Method::MonteCLoRA(config) = &recipe.method else { panic!("{recipe:?}") };
     assert_eq!((config.num_components, config.sample_scaler, config.rank), (64, 1e-2, 4));
