@@ -207,6 +207,12 @@ impl MonteCLoRAConfig {
         low_rank::scaling(self.rank, self.alpha, self.use_rslora)
     }
 
+    /// Whether the variances of A over draws are known in closed form: not if they are clipped as PEFT's, or if
+    /// the weights come from an estimator that is no Dirichlet.
+    pub(crate) fn has_row_variances(&self) -> bool {
+        self.compat != Compat::Peft && (self.estimator == Estimator::Exact || self.mixture == Mixture::Sparse)
+    }
+
     /// Checks every option, and that the options are consistent with each other.
     ///
     /// # Errors

@@ -4,8 +4,8 @@ use candle_core::{DType, Device, Tensor};
 
 use super::evidence::{row_variances, MixtureMoments};
 use super::noise::{DrawSpec, NoiseStreams};
-use super::options::{Compat, Mixture};
-use crate::dist::{Dirichlet, Estimator, Wishart};
+use super::options::Compat;
+use crate::dist::{Dirichlet, Wishart};
 use crate::error::{Error, Result};
 use crate::util::check::positive;
 use crate::util::dtype::to_dtype_device;
@@ -108,13 +108,13 @@ impl Posterior {
     ///
     /// # Errors
     /// With [`Compat::Peft`], whose clipped variances have no such mean; if the mixture weights are drawn by an
-    /// [`Estimator`] other than `Exact`, since E ||pi||^2 is that of a Dirichlet; or if candle fails.
+    /// [`Estimator`](crate::dist::Estimator) other than `Exact`, since E ||pi||^2 is that of a Dirichlet; or if candle fails.
     pub fn row_variances(&self) -> Result<Vec<f64>> {
         let config = &self.spec.config;
         if config.compat == Compat::Peft {
             return Err(Error::config("compat", "the variances of PEFT's draws have no closed form"));
         }
-        if config.estimator != Estimator::Exact && config.mixture != Mixture::Sparse {
+        if !config.has_row_variances() {
             let reason = format!("the weights of {:?} are no Dirichlet draws: use Exact", config.estimator);
             return Err(Error::config("estimator", reason));
         }

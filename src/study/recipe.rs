@@ -74,7 +74,15 @@ impl Recipe {
 
     /// Whether the recipe results in MonteCLoRA's adapters.
     pub fn is_monteclora(&self) -> bool {
-        self.post_hoc.is_some() || matches!(self.method, Method::MonteCLoRA(_))
+        self.posterior().is_some()
+    }
+
+    /// The configuration of MonteCLoRA, if the recipe results in it.
+    pub(super) fn posterior(&self) -> Option<&MonteCLoRAConfig> {
+        match (&self.post_hoc, &self.method) {
+            (Some(config), _) | (None, Method::MonteCLoRA(config)) => Some(config),
+            (None, _) => None,
+        }
     }
 }
 

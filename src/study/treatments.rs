@@ -21,6 +21,7 @@ use crate::inject::merge;
 use crate::metrics::{
     argmax, auroc, confidence_bin, entropy, softmax, uncertainty, Metrics, Uncertainty, ECE_BINS,
 };
+use crate::monteclora::MonteCLoRAConfig;
 use crate::noise::Noise;
 use crate::optim::IvonPosterior;
 use crate::predict::{logits, posterior_draws, posterior_probabilities, Predictor, RunningMean};
@@ -69,9 +70,10 @@ pub(super) fn of_recipe(recipe: &Recipe, draws: usize) -> Vec<String> {
         found.extend(recipe.has_posterior().then(|| treatment::tempered_draws(draws)));
     }
     let others: &[&str] = match (recipe.is_lora(), recipe.held_out > 0.0) {
-        (false, false) if recipe.is_monteclora() => {
-            &[treatment::LINEARISED, treatment::REFITTED, treatment::LAPLACE]
-        }
+        (false, false) if recipe.is_monteclora() => match has_linearised(recipe) {
+            true => &[treatment::LINEARISED, treatment::REFITTED, treatment::LAPLACE],
+            false => &[treatment::REFITTED, treatment::LAPLACE],
+        },
         (false, _) => &[],
         (true, true) => &[treatment::TFB, treatment::TFB_HELD_OUT],
         (true, false) => &[
@@ -83,6 +85,11 @@ pub(super) fn of_recipe(recipe: &Recipe, draws: usize) -> Vec<String> {
     };
     found.extend(others.iter().map(ToString::to_string));
     found
+}
+
+/// Whether the trained posterior of a recipe can be linearised.
+fn has_linearised(recipe: &Recipe) -> bool {
+    recipe.posterior().is_some_and(MonteCLoRAConfig::has_row_variances)
 }
 
 /// Fills in the arms of a result and their predictions of every row.
@@ -136,7 +143,7 @@ pub(super) fn measure(
     if recipe.is_lora() {
         of_trained_lora(trained, (&held_out, &truth), &dev, &foreign, &mut arms)?;
     } else if recipe.is_monteclora() && held_out.is_empty() {
-        of_trained_posterior(trained, &dev, &foreign, &mut arms)?;
+        of_trained_posterior(trained, has_linearised(recipe), &dev, &foreign, &mut arms)?;
     }
     Ok(())
 }
@@ -189,6 +196,7 @@ fn of_trained_lora(
 /// one of the same form with the greatest evidence, and under a Laplace approximation.
 fn of_trained_posterior(
     mut trained: TrainedModel,
+    has_linearised: bool,
     dev: &[Batch],
     foreign: &[Batch],
     arms: &mut ClassifierArms,
@@ -197,9 +205,11 @@ fn of_trained_posterior(
     let of_rows = trained.train.len();
     let taps = Taps::install(trained.classifier.model.as_mut())?;
     let classifier = &trained.classifier;
-    let own = LinearisedPosterior::trained(classifier.model.as_ref(), taps.clone())?;
+    let own = || LinearisedPosterior::trained(classifier.model.as_ref(), taps.clone());
+    let own = has_linearised.then(own).transpose()?;
     let refitted = LinearisedPosterior::refitted(classifier, taps.clone(), &train, Some(of_rows))?;
-    for (name, posterior) in [(treatment::LINEARISED, own), (treatment::REFITTED, refitted)] {
+    let named = own.map(|own| (treatment::LINEARISED, own)).into_iter();
+    for (name, posterior) in named.chain([(treatment::REFITTED, refitted)]) {
         let draws = |rows: &[Batch]| -> Result<Vec<Vec<Vec<f64>>>> {
             posterior.predict(classifier, rows)?.draws(LAPLACE_SAMPLES, trained.noise)
         };

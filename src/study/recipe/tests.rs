@@ -5,6 +5,7 @@ use serde_json::Value;
 use super::*;
 use crate::adapter::{Prior, PriorForm};
 use crate::monteclora::{EvidenceBound, Initial};
+use crate::study::{treatment, treatments};
 
 #[test]
 fn every_name_is_a_recipe_and_options_reach_their_method() -> Result<()> {
@@ -192,4 +193,16 @@ fn what_is_no_recipe_says_why() {
         let error = text.parse::<Recipe>().unwrap_err().to_string();
         assert!(error.contains(text) && error.contains(reason), "{error}");
     }
+}
+
+#[test]
+fn a_posterior_without_closed_variances_is_measured_in_all_other_ways() -> Result<()> {
+    let ways = |recipe: &str| -> Result<Vec<String>> { Ok(treatments::of_recipe(&recipe.parse()?, 5)) };
+    let whole = ways("monteclora")?;
+    assert!(whole.iter().any(|way| way == treatment::LINEARISED));
+    let others: Vec<String> = whole.into_iter().filter(|way| way != treatment::LINEARISED).collect();
+    for recipe in ["monteclora:estimator=exponential", "monteclora-posthoc:estimator=logistic-normal"] {
+        assert_eq!(ways(recipe)?, others, "{recipe}");
+    }
+    Ok(())
 }

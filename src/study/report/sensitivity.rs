@@ -50,7 +50,7 @@ pub(super) fn compared(cells: &[CellResult], arm: &Arm, against: &Arm) -> Option
     let [own, other] = [arm, against].map(|arm| groups(cells, arm, |_, metrics| metrics.nll));
     let mut by_seed: Vec<Vec<[f64; 2]>> = Vec::new();
     // By task and batch size, and then by rate (positive, so that bits are in order): the pairs of the seeds.
-    let mut by_rate = BTreeMap::<(&str, usize), BTreeMap<u64, Vec<[f64; 2]>>>::new();
+    let mut by_rate = BTreeMap::<(&str, usize), BTreeMap<u64, Vec<(u64, [f64; 2])>>>::new();
     for ((task, seed, batch_size), own) in &own {
         let others = other.get(&(*task, *seed, *batch_size)).map_or(&[][..], Vec::as_slice);
         let partner = |(lr, own): &(f64, f64)| {
@@ -58,15 +58,26 @@ pub(super) fn compared(cells: &[CellResult], arm: &Arm, against: &Arm) -> Option
         };
         let pairs: Vec<(u64, [f64; 2])> = own.iter().filter_map(partner).collect();
         let rates = by_rate.entry((task, *batch_size)).or_default();
-        pairs.iter().for_each(|(lr, pair)| rates.entry(*lr).or_default().push(*pair));
+        pairs.iter().for_each(|(lr, pair)| rates.entry(*lr).or_default().push((*seed, *pair)));
         by_seed.push(pairs.into_iter().map(|(_, pair)| pair).collect());
     }
-    let mean = |pairs: &Vec<[f64; 2]>| {
-        [0, 1].map(|k| pairs.iter().map(|pair| pair[k]).sum::<f64>() / pairs.len() as f64)
-    };
-    let means = by_rate.values().map(|rates| rates.values().map(mean).collect());
+    let means = by_rate.values().map(means_of_whole_seeds);
     let test = pitman_morgan(&means.collect::<Vec<_>>());
     Some(Compared { variances: pitman_morgan(&by_seed)?.variances, p: test.map(|test| test.p) })
+}
+
+/// The mean pair of each rate, over the seeds that have one at every rate: others would add to some rates what
+/// sets their seed apart.
+fn means_of_whole_seeds(rates: &BTreeMap<u64, Vec<(u64, [f64; 2])>>) -> Vec<[f64; 2]> {
+    let has = |pairs: &Vec<(u64, [f64; 2])>, seed: u64| pairs.iter().any(|(other, _)| *other == seed);
+    let is_whole = |seed: u64| rates.values().all(|pairs| has(pairs, seed));
+    let mean = |pairs: &Vec<(u64, [f64; 2])>| {
+        let whole: Vec<[f64; 2]> =
+            pairs.iter().filter(|(seed, _)| is_whole(*seed)).map(|(_, pair)| *pair).collect();
+        let mean = |k: usize| whole.iter().map(|pair| pair[k]).sum::<f64>() / whole.len() as f64;
+        (!whole.is_empty()).then(|| [mean(0), mean(1)])
+    };
+    rates.values().filter_map(mean).collect()
 }
 
 /// The section about the learning rate; empty if no arm has two learning rates.
@@ -182,4 +193,19 @@ fn apart(
         (1..scores.len()).flat_map(pair).collect::<Vec<f64>>()
     };
     settings.values().flat_map(distances).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seed_that_lacks_a_rate_is_in_no_mean() {
+        let rate = |seeds: &[(u64, f64)]| seeds.iter().map(|(seed, x)| (*seed, [*x, -x])).collect::<Vec<_>>();
+        let mut rates =
+            BTreeMap::from([(1, rate(&[(6, 1.0), (7, 3.0), (8, 50.0)])), (2, rate(&[(6, 2.0), (7, 4.0)]))]);
+        assert_eq!(means_of_whole_seeds(&rates), [[2.0, -2.0], [3.0, -3.0]]);
+        rates.insert(3, rate(&[(8, 1.0)]));
+        assert!(means_of_whole_seeds(&rates).is_empty());
+    }
 }
