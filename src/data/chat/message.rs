@@ -112,7 +112,14 @@ fn turn(one: &Value) -> Read<Value> {
         };
         let value = field(one, "value").unwrap_or_default();
         return match value.as_str() {
-            Some(text) => Ok(message(role, text)),
+            Some(text) => Ok(match field(one, "weight") {
+                Some(weight) => Value::from_pairs([
+                    ("role", Value::from(role)),
+                    ("content", Value::from(text)),
+                    ("weight", weight),
+                ]),
+                None => message(role, text),
+            }),
             None => Err(format!("value: expected a string, got {}", shown(&value))),
         };
     }

@@ -216,6 +216,10 @@ fn conversations_are_read_in_each_form_and_what_follows_the_last_answer_is_cut()
         json!({"messages": [user, in_parts, turn("assistant", json!(" "))]}),
         json!({"messages": [user, assistant, user, ignored], "system": ""}),
         json!({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}),
+        json!({"conversations": [
+            {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"},
+            {"from": "human", "value": "q"}, {"from": "gpt", "value": "b", "weight": 0}
+        ]}),
         json!({"prompt": [user], "completion": [assistant], "messages": null}),
     ] {
         assert_eq!(parts(&read_rows(CHATML, &row.to_string())?.rows[0]), whole, "{row}");
