@@ -163,10 +163,12 @@ fn run(processes: &Processes) -> Outcome {
     args.method.find_adapter()?;
     args.task.benchmark()?; // fails here, not after an hour of training
     processes.join(&args.device)?;
-    let model = match args.model.clone().or(args.method.base()?) {
-        Some(model) => model,
-        None => common::asset("stories260k")?,
+    let (model, revision) = match (args.model.clone(), args.method.base()?) {
+        (Some(model), _) => (model, args.revision.take()),
+        (None, Some(base)) => base,
+        (None, None) => (common::asset("stories260k")?, None),
     };
+    args.revision = revision;
     let files = common::download::model_files(&model, args.revision.as_deref())?.quantized(args.quantize);
     let config = DecoderConfig::from_files(&files)?;
     let longest = config.max_length();
@@ -334,8 +336,9 @@ impl Setup {
                 let (rows, pad_id) = (&data.train, config.pad_id());
                 let objective = CausalTuning::new(&model, hooks, rows, batcher, pad_id);
                 // The bundled model is small and trained on other text: it needs a higher learning rate.
+                let is_bundled = self.model == common::asset("stories260k")?;
                 let config = args.train.config(
-                    if args.model.is_none() { 5e-3 } else { 3e-4 },
+                    if is_bundled { 5e-3 } else { 3e-4 },
                     &start.method(),
                     common::dtype(&args.dtype)?,
                     processes.world(),

@@ -92,10 +92,11 @@ impl MethodOptions {
         Ok(())
     }
 
-    /// The base that --adapter names.
-    pub fn base(&self) -> Outcome<Option<String>> {
-        let file = self.adapter.as_deref().map(AdapterFile::read).transpose()?;
-        Ok(file.and_then(|file| file.config.base_model_name_or_path))
+    /// The base that --adapter names, with its revision.
+    pub fn base(&self) -> Outcome<Option<(String, Option<String>)>> {
+        let Some(dir) = &self.adapter else { return Ok(None) };
+        let config = AdapterFile::read(dir)?.config;
+        Ok(config.base_model_name_or_path.map(|name| (name, config.revision)))
     }
 
     /// The names of the methods to run, one after the other.

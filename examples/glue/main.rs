@@ -160,10 +160,12 @@ fn run(processes: &Processes) -> Outcome {
         }
         .run();
     }
-    let model = match args.model.clone().or(args.method.base()?) {
-        Some(model) => model,
-        None => common::asset("tiny-roberta")?,
+    let (model, revision) = match (args.model.clone(), args.method.base()?) {
+        (Some(model), _) => (model, args.revision.take()),
+        (None, Some(base)) => base,
+        (None, None) => (common::asset("tiny-roberta")?, None),
     };
+    args.revision = revision;
     let (goal, data) = load_data(&args, task)?;
     let methods = args.method.names()?;
     tell_unread(&args, &given, &methods, &goal)?;
