@@ -20,7 +20,7 @@ use tokenizers::models::wordlevel::WordLevel;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{SplitDelimiterBehavior, Tokenizer};
 
-use crate::llama::{frozen, prompted, toy_config};
+use crate::support::decoders::{frozen, prompted, toy_config};
 use crate::support::{scatter, skipped, Outcome};
 
 /// A model whose tokens are letters.

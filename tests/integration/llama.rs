@@ -3,8 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use crate::gradients::check;
-pub use crate::support::decoders::{frozen, toy_config};
-use crate::support::decoders::{one_row, padded, prompted, toy, weights, ROWS};
+use crate::support::decoders::{frozen, one_row, padded, prompted, toy, toy_config, weights, ROWS};
 use crate::support::{assert_close, scatter, Outcome};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
