@@ -67,8 +67,11 @@ pub struct MethodOptions {
     pub post_hoc: bool,
 }
 
+/// Whether a method reads an option.
+type IsRead = fn(MethodName) -> bool;
+
 /// The options, each with whether a method reads it.
-const READ_BY: [(&str, fn(MethodName) -> bool); 12] = [
+const READ_BY: [(&str, IsRead); 12] = [
     ("targets", MethodName::has_targets),
     ("exclude", MethodName::has_targets),
     ("layers", MethodName::has_targets),

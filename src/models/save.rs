@@ -31,8 +31,8 @@ pub const MAX_SHARD_BYTES: usize = 5_000_000_000;
 /// Writes the checkpoint `source` to the folder `dir`, with the active adapters merged in.
 ///
 /// The mean of its active adapter is merged into each adapted layer's weight. Weights of `params` that were
-/// trained directly ([`Role::Base`], [`Role::Head`]) replace the checkpoint's. The folder also gets `config`
-/// (the source's own if `None`) and the tokenizer's files.
+/// trained directly ([`Role::Base` and `Role::Head`](crate::adapter::Role)) replace the checkpoint's. The
+/// folder also gets `config` (the source's own if `None`) and the tokenizer's files.
 ///
 /// An adapter is added to the weight as stored in the checkpoint, whatever dtype the model was loaded in. If
 /// the base was quantised at load, the adapter is therefore merged into the weights before rounding, which is

@@ -91,7 +91,7 @@ fn a_prompt_that_is_computed_once_for_all_answers_gives_each_its_own_likelihood(
         let (mut model, params) = frozen(&toy_config(false)?, DType::F32)?;
         prompted(&mut model, virtual_tokens, DType::F32)?;
         scatter(&params)?;
-        let rows = [&rows[..], &[too_long.clone()]].concat();
+        let rows = [&rows[..], std::slice::from_ref(&too_long)].concat();
         for batch_size in [1, 2, 6, 64] {
             let scores =
                 score_choices(&model, &encoder(35)?, &rows, batch_size, Normalize::No, &[Pass::Mean])?;

@@ -6,8 +6,8 @@ use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, TensorView};
 
-use super::prefixes::TensorPrefixes;
 use super::shards::{Entry, Failure};
+use super::TensorPrefixes;
 use crate::adapter::{AdaptableModel, Params, Pass, Role};
 use crate::error::{Error, Result};
 
