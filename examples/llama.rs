@@ -163,11 +163,8 @@ fn run(processes: &Processes) -> Outcome {
     args.method.find_adapter()?;
     args.task.benchmark()?; // fails here, not after an hour of training
     processes.join(&args.device)?;
-    let (model, revision) = match (args.model.clone(), args.method.base()?) {
-        (Some(model), _) => (model, args.revision.take()),
-        (None, Some(base)) => base,
-        (None, None) => (common::asset("stories260k")?, None),
-    };
+    let (model, revision) =
+        args.method.base(args.model.as_deref(), args.revision.as_deref(), "stories260k")?;
     args.revision = revision;
     let files = common::download::model_files(&model, args.revision.as_deref())?.quantized(args.quantize);
     let config = DecoderConfig::from_files(&files)?;

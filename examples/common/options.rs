@@ -11,7 +11,7 @@ use monteclora::{MonteCLoRAConfig, Prior};
 use super::download;
 use super::given::Given;
 use super::output::{tell, tell_err};
-use super::Outcome;
+use super::{asset, Outcome};
 
 // What to train and where. Not a doc comment, which clap would take for the program's description.
 #[derive(clap::Args, Clone)]
@@ -95,11 +95,21 @@ impl MethodOptions {
         Ok(())
     }
 
-    /// The base that --adapter names, with its revision.
-    pub fn base(&self) -> Outcome<Option<(String, Option<String>)>> {
-        let Some(dir) = &self.adapter else { return Ok(None) };
-        let config = AdapterFile::read(dir)?.config;
-        Ok(config.base_model_name_or_path.map(|name| (name, config.revision)))
+    /// The base and its revision: those of --model, or else of the --adapter, or else the bundled model.
+    pub fn base(
+        &self,
+        model: Option<&str>,
+        revision: Option<&str>,
+        bundled: &str,
+    ) -> Outcome<(String, Option<String>)> {
+        if let Some(model) = model {
+            return Ok((model.to_string(), revision.map(str::to_string)));
+        }
+        let config = self.adapter.as_deref().map(AdapterFile::read).transpose()?.map(|file| file.config);
+        match config.and_then(|config| Some((config.base_model_name_or_path?, config.revision))) {
+            Some(base) => Ok(base),
+            None => Ok((asset(bundled)?, None)),
+        }
     }
 
     /// The names of the methods to run, one after the other.

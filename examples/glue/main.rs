@@ -160,11 +160,8 @@ fn run(processes: &Processes) -> Outcome {
         }
         .run();
     }
-    let (model, revision) = match (args.model.clone(), args.method.base()?) {
-        (Some(model), _) => (model, args.revision.take()),
-        (None, Some(base)) => base,
-        (None, None) => (common::asset("tiny-roberta")?, None),
-    };
+    let (model, revision) =
+        args.method.base(args.model.as_deref(), args.revision.as_deref(), "tiny-roberta")?;
     args.revision = revision;
     let (goal, data) = load_data(&args, task)?;
     let methods = args.method.names()?;
