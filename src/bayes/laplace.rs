@@ -34,7 +34,7 @@ pub(super) mod tests;
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
-use super::linearised::{parts, scale_to, BatchRecord, Linearised, Maps, Taps, Wanted};
+use super::linearised::{each_part, scale_to, BatchRecord, Linearised, Maps, Taps, Wanted};
 use super::precision::most_evident;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
@@ -58,10 +58,10 @@ pub enum Scope {
 
 impl Scope {
     /// A last layer is recorded with the Jacobians in any case: they cost nothing.
-    fn record(&self, model: &dyn Predictor, batch: &Batch, wanted: Wanted) -> Result<BatchRecord> {
+    fn record(&self, model: &dyn Predictor, batch: &Batch, wanted: Wanted) -> Result<Option<BatchRecord>> {
         match self {
             Self::Adapters(taps) => taps.record(model, batch, Maps::Both, wanted),
-            Self::LastLayer(layer) => layer.record(model, batch),
+            Self::LastLayer(layer) => layer.record(model, batch).map(Some),
         }
     }
 
@@ -92,8 +92,8 @@ impl Laplace {
     /// scaled up.
     ///
     /// # Errors
-    /// If there is no row or more than `of_rows`, the model has fewer than two outputs, a label is not one of its classes, the scope
-    /// belongs to another model, or a value is not finite.
+    /// If there is no row or more than `of_rows`, the model has fewer than two outputs, a label is not one of
+    /// its classes, the scope belongs to another model, or a value is not finite.
     pub fn fit(
         model: &dyn Predictor,
         scope: Scope,
@@ -102,8 +102,8 @@ impl Laplace {
     ) -> Result<Self> {
         let scale = scale_to(of_rows, batches)?;
         let (mut sums, mut log_likelihood) = (Vec::<Sums>::new(), 0.0);
-        for part in &parts(batches)? {
-            let record = scope.record(model, part, Wanted::Curvature)?;
+        let record = |part: &Batch| scope.record(model, part, Wanted::Curvature);
+        each_part(batches, record, |part, record| {
             log_likelihood += record.log_likelihood(part)?;
             let roots = record.hessian_roots();
             for (i, layer) in record.layers.iter().enumerate() {
@@ -113,7 +113,8 @@ impl Laplace {
                     None => sums.push(new),
                 }
             }
-        }
+            Ok(())
+        })?;
         let parameters = scope.parameters()?;
         let blocks = sums.par_iter().zip(&parameters).map(|(sums, (name, _))| sums.block(name, scale));
         let blocks = blocks.collect::<Result<_>>()?;
@@ -219,8 +220,8 @@ impl Laplace {
         precisions.iter().try_for_each(|precision| check::positive(PRECISION, *precision))?;
         let empty = || Linearised { logits: Vec::new(), covariances: Vec::new() };
         let mut out: Vec<Linearised> = precisions.iter().map(|_| empty()).collect();
-        for part in &parts(batches)? {
-            let record = self.scope.record(model, part, Wanted::Jacobians)?;
+        let record = |part: &Batch| self.scope.record(model, part, Wanted::Jacobians);
+        each_part(batches, record, |_, record| {
             let classes = record.logits.first().map_or(0, Vec::len);
             let mut sums = vec![vec![vec![0.0; classes * classes]; record.logits.len()]; precisions.len()];
             for (block, layer) in self.blocks.iter().zip(&record.layers) {
@@ -230,7 +231,8 @@ impl Laplace {
                 out.logits.extend(record.logits.iter().cloned());
                 out.covariances.extend(covariances);
             }
-        }
+            Ok(())
+        })?;
         Ok(out)
     }
 

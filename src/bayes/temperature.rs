@@ -7,8 +7,10 @@
 //! Guo et al. 2017, "On calibration of modern neural networks", section 4.2. The sum is convex in b = 1/T, so
 //! its minimum is the only zero of its derivative.
 
+use crate::adapter::Params;
 use crate::error::{Error, Result};
 use crate::metrics::softmax;
+use crate::models::sequence::output_layer;
 use crate::util::check;
 
 /// The smallest and the largest temperature that [`Temperature::fit`] returns. If every row is right, the
@@ -62,6 +64,21 @@ impl Temperature {
         Ok(Self { value: (-0.5 * (low + high)).exp() })
     }
 
+    /// Divides weight and bias of the last layer of a sequence classifier's head by T: the model then gives the
+    /// scaled logits itself, wherever it is opened.
+    ///
+    /// # Errors
+    /// If the store has no head under one of Hugging Face's names.
+    pub fn scale_head(&self, params: &Params) -> Result<()> {
+        let layer = output_layer(params)?;
+        for name in ["weight", "bias"].map(|role| format!("{layer}.{role}")) {
+            if let Some(param) = params.get(&name) {
+                params.set(&name, &(param.var.as_detached_tensor() / self.value)?)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The temperature T: above 1 it makes predictions less confident, below 1 more confident.
     pub fn value(&self) -> f64 {
         self.value
@@ -108,7 +125,11 @@ fn check(logits: &[Vec<f64>], labels: &[u32]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::{DType, Device, Tensor};
+
     use super::*;
+    use crate::adapter::{Init, Role};
+    use crate::noise::Noise;
 
     #[test]
     fn the_optimum_makes_the_mean_probability_the_share_of_right_rows() -> Result<()> {
@@ -143,6 +164,22 @@ mod tests {
         let logits = vec![vec![2.0, -1.0], vec![0.5, 3.0]];
         assert_eq!(Temperature::fit(&logits, &[0, 1])?.value(), BOUNDS.0);
         assert_eq!(Temperature::fit(&logits, &[1, 0])?.value(), BOUNDS.1);
+        Ok(())
+    }
+
+    #[test]
+    fn a_scaled_head_gives_the_scaled_logits() -> Result<()> {
+        let params = Params::with_dtype(Noise::new(3), DType::F64, &Device::Cpu);
+        let temperature = Temperature::new(2.5)?;
+        assert!(temperature.scale_head(&params).is_err());
+        let weight = params.create("classifier.weight", Role::Head, (3, 4), &Init::Normal(1.0))?;
+        let bias = params.create("classifier.bias", Role::Head, 3, &Init::Normal(1.0))?;
+        let xs = Tensor::new(&[[0.3, -1.0, 2.0, 0.7]], &Device::Cpu)?;
+        let logits = || xs.matmul(&weight.t()?)?.broadcast_add(&bias)?.to_vec2::<f64>();
+        let before = logits()?;
+        temperature.scale_head(&params)?;
+        let after = logits()?;
+        before[0].iter().zip(&after[0]).for_each(|(z, scaled)| assert!((z / 2.5 - scaled).abs() < 1e-14));
         Ok(())
     }
 

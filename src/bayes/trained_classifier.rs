@@ -8,9 +8,10 @@ use super::linearised::LinearisedClassifier;
 use crate::adapter::Pass;
 use crate::data::task::Example;
 use crate::error::Result;
+use crate::metrics::Metrics;
 use crate::models::hub::ModelFiles;
 use crate::predict::Prediction;
-use crate::train::Classifier;
+use crate::train::{batches, Classifier, Evaluation, Predictions};
 
 /// A trained classifier that predicts at its mean, or in the linearised model with the posterior of its run.
 #[derive(Debug)]
@@ -53,6 +54,25 @@ impl TrainedClassifier {
             Self::Plain(classifier) => classifier,
             Self::Linearised(linearised) => linearised.classifier_mut(),
         }
+    }
+
+    /// Measures labelled examples by the predictions of [`Self::predict`].
+    ///
+    /// # Errors
+    /// As [`Self::predict`] and [`Classifier::evaluate`].
+    pub fn evaluate(&self, examples: &[Example], draws: usize) -> Result<Metrics> {
+        let classifier = self.classifier();
+        if draws > 0 {
+            classifier.check_has_posterior()?;
+        }
+        let rows = classifier.encode(examples)?;
+        let batches = batches(classifier, &rows, classifier.eval_batch_size())?;
+        let mut predictions = Predictions::new(classifier, &rows, &batches, draws)?;
+        if let (Self::Linearised(linearised), 0) = (self, draws) {
+            predictions.linearised = Some(linearised.probabilities(&batches)?);
+        }
+        let Evaluation { mean, posterior, linearised } = predictions.evaluate_own_data()?;
+        Ok(posterior.or(linearised).unwrap_or(mean))
     }
 
     /// Predicts texts: without draws at the mean, or in the linearised model; else averaged over as many posterior

@@ -91,6 +91,24 @@ impl Batch {
             rows: self.rows[start..start + count].to_vec(),
         })
     }
+
+    /// The same rows, padded only to the longest of them.
+    ///
+    /// # Errors
+    /// If candle fails.
+    pub fn without_padding(&self) -> Result<Self> {
+        let mask = self.attention_mask.to_vec2::<u8>()?;
+        let length = |row: &Vec<u8>| row.iter().rposition(|shown| *shown != 0).map_or(0, |last| last + 1);
+        let longest = mask.iter().map(length).max().unwrap_or(0);
+        let part = |tensor: &Tensor| tensor.narrow(1, 0, longest);
+        Ok(Self {
+            input_ids: part(&self.input_ids)?,
+            token_type_ids: part(&self.token_type_ids)?,
+            attention_mask: part(&self.attention_mask)?,
+            labels: self.labels.clone(),
+            rows: self.rows.clone(),
+        })
+    }
 }
 
 /// Splits the rows of an epoch into batches.

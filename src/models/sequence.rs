@@ -25,6 +25,20 @@ use crate::util::json;
 #[cfg(feature = "train")]
 pub(crate) const OUTPUT_LAYERS: [&str; 3] = ["classifier.out_proj", "classifier", "score"];
 
+/// The last layer of a sequence classifier's head, by the names of its weights.
+///
+/// # Errors
+/// If `params` has none of [`OUTPUT_LAYERS`].
+#[cfg(feature = "train")]
+pub(crate) fn output_layer(params: &crate::adapter::Params) -> Result<&'static str> {
+    let held = |path: &&str| params.get(&format!("{path}.weight")).is_some();
+    OUTPUT_LAYERS.into_iter().find(held).ok_or_else(|| {
+        let reason =
+            format!("the store has none: expected the weight of one of {}", OUTPUT_LAYERS.join(", "));
+        Error::config("head", reason)
+    })
+}
+
 /// An architecture of encoders.
 struct Encoder {
     model_type: &'static str,

@@ -16,7 +16,8 @@ use crate::metrics::{self, argmax, softmax, ClassScores, Metrics};
 use crate::predict::{logits, posterior_probabilities, posterior_scores};
 use crate::util::files;
 
-/// A classifier's predictions for every row of a split. Values are probabilities, or the scores of a
+/// A classifier's predictions for every row of a labelled split, to measure it by; for texts without labels, see
+/// [`Classifier::predict`]. Values are probabilities, or the scores of a
 /// regression.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Predictions {

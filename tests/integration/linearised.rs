@@ -93,17 +93,29 @@ fn a_refitted_classifier_is_less_sure_and_says_the_same_alone_after_opening_and_
     let first = layers.keys().next().ok_or("a layer")?;
     let broken = |change: &dyn Fn(&mut Value)| -> Outcome<String> {
         let mut saved = saved.clone();
-        change(&mut saved["variances"]);
+        change(&mut saved);
         fs::write(&file, saved.to_string())?;
         Ok(open(dir.path()).unwrap_err().to_string())
     };
     let wanted = format!("expected 4 positive variances of {first}");
     for value in [json!([1.0, 1.0]), json!([1.0, 1.0, 0.0, 1.0])] {
-        let error = broken(&|layers| layers[first] = value.clone())?;
+        let error = broken(&|saved| saved["variances"][first] = value.clone())?;
         assert!(error.contains(&wanted), "{error}");
     }
-    let error = broken(&|layers| layers["nosuch"] = json!([1.0]))?;
+    let error = broken(&|saved| saved["variances"]["nosuch"] = json!([1.0]))?;
     assert!(error.contains("nosuch has no adapter"), "{error}");
+    // The adapter was trained on since, by a program that does not know this file.
+    let [a, b] = [0, 1].map(|at| saved["norms"][first][at].as_f64().unwrap_or(f64::NAN));
+    assert!(a > 0.0 && b > 0.0, "{a} {b}");
+    for norms in [json!([a * 1.01, b]), json!([a, b * 0.99])] {
+        let error = broken(&|saved| saved["norms"][first] = norms.clone())?;
+        assert!(error.contains(&format!("other weights of {first}")), "{error}");
+    }
+    // Another precision rounds them.
+    let mut rounded = saved.clone();
+    rounded["norms"][first] = json!([a * 1.0003, b]);
+    fs::write(&file, rounded.to_string())?;
+    open(dir.path())?;
     fs::write(&file, &text[..text.len() / 2])?;
     let error = open(dir.path()).unwrap_err().to_string();
     assert!(error.contains("linearised.json") && error.contains("malformed"), "{error}");

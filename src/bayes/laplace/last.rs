@@ -14,7 +14,7 @@ use crate::adapter::{Params, Pass};
 use crate::bayes::linearised::{BatchRecord, LayerRecord};
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
-use crate::models::sequence::OUTPUT_LAYERS;
+use crate::models::sequence::output_layer;
 use crate::predict::Predictor;
 
 /// The last linear layer of a model's head, by its parameters in the store.
@@ -47,14 +47,7 @@ impl LastLayer {
     /// # Errors
     /// If the store has none of these weights.
     pub fn of_head(params: &Params) -> Result<Self> {
-        let held = |path: &&str| params.get(&format!("{path}.weight")).is_some();
-        match OUTPUT_LAYERS.into_iter().find(held) {
-            Some(path) => Self::new(params, path),
-            None => {
-                let reason = format!("expected the weight of one of {}", OUTPUT_LAYERS.join(", "));
-                Err(Error::config("laplace", format!("the store has no head: {reason}")))
-            }
-        }
+        Self::new(params, output_layer(params)?)
     }
 
     /// The weight with the bias as its last column: one parameter, `(classes, dim + 1)`.

@@ -31,7 +31,7 @@ use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::predictive::Linearised;
-use super::record::{parts, scale_to, LayerRecord, Wanted};
+use super::record::{each_part, scale_to, LayerRecord, Wanted};
 use super::taps::{Maps, Taps};
 use crate::adapter::{no_active, visit_active, AdaptableModel};
 use crate::bayes::precision::most_evident;
@@ -80,11 +80,16 @@ pub struct LinearisedPosterior {
     variances: Vec<Vec<f64>>,
 }
 
-/// The file of a posterior.
+/// The file of a posterior: its variances by layer, and the norms of the A and s B that it was made for.
 #[derive(Serialize, Deserialize)]
 struct Saved {
     variances: BTreeMap<String, Vec<f64>>,
+    #[serde(default)]
+    norms: BTreeMap<String, [f64; 2]>,
 }
+
+/// How far norms may be apart, relatively: an adapter may be read in a lower precision than it was written in.
+const SAME_WEIGHTS: f64 = 1e-3;
 
 impl LinearisedPosterior {
     /// The posterior that training left on the MonteCLoRA adapters of `model`, which `taps` are installed on.
@@ -116,8 +121,8 @@ impl LinearisedPosterior {
     /// scaled up. LoRA adapters can be tapped as well.
     ///
     /// # Errors
-    /// If there is no row or more than `of_rows`, the model has fewer than two outputs, the forward or backward pass fails, or a value
-    /// is not finite.
+    /// If there is no row or more than `of_rows`, the model has fewer than two outputs, the forward or backward
+    /// pass fails, or a value is not finite.
     pub fn refitted(
         model: &dyn Predictor,
         taps: Taps,
@@ -126,8 +131,8 @@ impl LinearisedPosterior {
     ) -> Result<Self> {
         let scale = scale_to(of_rows, batches)?;
         let mut sums: Vec<Curvature> = Vec::new();
-        for part in &parts(batches)? {
-            let record = taps.record(model, part, Maps::A, Wanted::Curvature)?;
+        let record = |part: &Batch| taps.record(model, part, Maps::A, Wanted::Curvature);
+        each_part(batches, record, |_, record| {
             let roots = record.hessian_roots();
             for (i, layer) in record.layers.iter().enumerate() {
                 let new = Curvature::new(layer, &roots)?;
@@ -136,11 +141,9 @@ impl LinearisedPosterior {
                     None => sums.push(new),
                 }
             }
-        }
-        let mut squared_norm = 0.0;
-        for (_, a) in taps.parameters(Maps::A) {
-            squared_norm += a.detach().to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
-        }
+            Ok(())
+        })?;
+        let squared_norm: f64 = taps.norms()?.iter().map(|[a, _]| a * a).sum();
         // alpha g_i of every row, with the number of its elements.
         let rows: Vec<(usize, Vec<f64>)> = sums.iter().map(|sum| (sum.in_dim, sum.rows(scale))).collect();
         if rows.iter().flat_map(|(_, rows)| rows).chain([&squared_norm]).any(|value| !value.is_finite()) {
@@ -160,16 +163,22 @@ impl LinearisedPosterior {
     /// Reads what [`Self::save`] wrote, for the adapters of `taps`.
     ///
     /// # Errors
-    /// If the file is missing or damaged, is of other layers or ranks, or holds a variance that is not positive.
+    /// If the file is missing or damaged, is of other layers, ranks or weights, or holds a variance that is not
+    /// positive.
     pub fn read(path: &Path, taps: Taps) -> Result<Self> {
         let mut saved: Saved = json::parse(std::fs::read(path).map_err(Error::io(path))?, path)?;
         let mut variances = Vec::new();
-        for (layer, rank) in taps.paths().zip(taps.ranks()) {
+        for ((layer, rank), norms) in taps.paths().zip(taps.ranks()).zip(taps.norms()?) {
             let of_layer = saved.variances.remove(layer).filter(|of_layer| of_layer.len() == rank);
             let valid = of_layer.filter(|of_layer| of_layer.iter().all(|v| *v > 0.0 && v.is_finite()));
             variances.push(valid.ok_or_else(|| {
                 Error::format(path, format!("expected {rank} positive variances of {layer}"))
             })?);
+            let near = |(then, now): (&f64, f64)| (then - now).abs() <= SAME_WEIGHTS * now;
+            if !saved.norms.get(layer).is_some_and(|then| then.iter().zip(norms).all(near)) {
+                let reason = format!("it was made for other weights of {layer}: train or refit again");
+                return Err(Error::format(path, reason));
+            }
         }
         match saved.variances.keys().next() {
             Some(layer) => Err(Error::format(path, format!("{layer} has no adapter in the model"))),
@@ -177,13 +186,14 @@ impl LinearisedPosterior {
         }
     }
 
-    /// Writes the variances of every layer as JSON, by the layers' paths.
+    /// Writes the variances of every layer as JSON, by the layers' paths, with the norms of its weights.
     ///
     /// # Errors
     /// If the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let layers = self.taps.paths().map(str::to_string);
-        files::write_json(path, &Saved { variances: layers.zip(self.variances.iter().cloned()).collect() })
+        let layers = || self.taps.paths().map(str::to_string);
+        let variances = layers().zip(self.variances.iter().cloned()).collect();
+        files::write_json(path, &Saved { variances, norms: layers().zip(self.taps.norms()?).collect() })
     }
 
     /// The variances v of every layer, `(r)` each, in the order of the model.
@@ -198,8 +208,8 @@ impl LinearisedPosterior {
     /// If the forward or backward pass fails, or the model is not the one that was tapped.
     pub fn predict(&self, model: &dyn Predictor, batches: &[Batch]) -> Result<Linearised> {
         let mut all = Linearised { logits: Vec::new(), covariances: Vec::new() };
-        for part in &parts(batches)? {
-            let record = self.taps.record(model, part, Maps::A, Wanted::Jacobians)?;
+        let record = |part: &Batch| self.taps.record(model, part, Maps::A, Wanted::Jacobians);
+        each_part(batches, record, |_, record| {
             let mut sum: Option<Tensor> = None;
             for (layer, variances) in record.layers.iter().zip(&self.variances) {
                 sum = Some(ops::joined(sum, covariance(layer, variances)?)?);
@@ -207,7 +217,8 @@ impl LinearisedPosterior {
             let sum = sum.ok_or_else(|| no_active("MonteCLoRA"))?;
             all.covariances.extend(sum.flatten_from(1)?.to_vec2::<f64>()?);
             all.logits.extend(record.logits);
-        }
+            Ok(())
+        })?;
         Ok(all)
     }
 }

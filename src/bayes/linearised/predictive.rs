@@ -21,8 +21,8 @@ pub struct Linearised {
 }
 
 impl Linearised {
-    /// Averages class probabilities over `samples` draws of the logits. Draw s of row n does not depend on
-    /// the rows after it.
+    /// Averages class probabilities over `samples` draws of the logits, of which every second one has the noise
+    /// of the one before with the opposite sign. Draw s of row n does not depend on the rows after it.
     ///
     /// # Errors
     /// If `samples` is 0, or a covariance is not finite or has another shape.
@@ -61,7 +61,10 @@ impl Linearised {
         let stream = noise.stream("laplace.logits", Purpose::Predict);
         let mut z = vec![0.0; self.logits.len() * classes];
         for draw in 0..samples {
-            stream.fill_normal(draw as u64, &mut z);
+            match draw % 2 {
+                0 => stream.fill_normal(draw as u64 / 2, &mut z),
+                _ => z.iter_mut().for_each(|z| *z = -*z),
+            }
             for (n, (row, root)) in self.logits.iter().zip(&roots).enumerate() {
                 let z = &z[n * classes..][..classes];
                 let moved = |k: usize| row[k] + (0..=k).map(|l| root[k * classes + l] * z[l]).sum::<f64>();
@@ -178,6 +181,11 @@ mod tests {
         assert!((got[0][0] - top / weight).abs() < 5.0 * 0.5 / (samples as f64).sqrt(), "{got:?}");
         assert_eq!(got, gaussian.probabilities(samples, Noise::new(7))?);
         assert_ne!(got, gaussian.probabilities(samples, Noise::new(8))?);
+        // In pairs, the mean logit is that of the model.
+        let logit = |draw: &Vec<Vec<f64>>| (draw[0][0] / draw[0][1]).ln();
+        for pair in gaussian.draws(6, Noise::new(7))?.chunks(2) {
+            assert!((logit(&pair[0]) + logit(&pair[1]) - 2.0 * 1.2).abs() < 1e-12);
+        }
         // `draws` returns the same draws one by one, and they do not depend on the rows after them.
         let mut two = gaussian.clone();
         two.logits.push(vec![0.1, 0.2]);

@@ -97,20 +97,21 @@ impl BatchRecord {
 }
 
 impl LayerRecord {
-    /// A record of the `inputs` of a batch, with padding set to zero and without gradients yet.
+    /// A record of the `inputs` of a batch, with padding set to zero and without gradients yet. `None` if
+    /// examples share some of the inputs.
     ///
     /// # Errors
     /// As [`Places::per_example`].
-    pub fn new(inputs: &Tensor, places: &Places) -> Result<Self> {
-        let inputs = places.per_example(inputs)?;
+    pub fn new(inputs: &Tensor, places: &Places) -> Result<Option<Self>> {
+        let Some(inputs) = places.per_example(inputs)? else { return Ok(None) };
         let (b, t, _) = inputs.dims3()?;
         // A layer that sees a single token of each row (the first or the last) sees no padding.
         if t != places.length {
-            return Ok(Self { inputs, gradients: Vec::new(), tokens: (b * t) as f64 });
+            return Ok(Some(Self { inputs, gradients: Vec::new(), tokens: (b * t) as f64 }));
         }
         let mask = ops::carry(&places.mask, inputs.device())?.to_dtype(inputs.dtype())?.unsqueeze(2)?;
         let inputs = inputs.broadcast_mul(&mask)?;
-        Ok(Self { inputs, gradients: Vec::new(), tokens: places.real as f64 })
+        Ok(Some(Self { inputs, gradients: Vec::new(), tokens: places.real as f64 }))
     }
 
     /// The Jacobian of logit k with respect to the weight, `(b, o, i)`, in double precision on the host.
@@ -145,20 +146,37 @@ impl LayerRecord {
     }
 }
 
-/// The batches in parts of at most [`TOKENS`] tokens, or of one row.
+/// Calls `take` with every part of the batches and its record. Parts have at most [`TOKENS`] tokens, or one row; from
+/// the first part on whose `record` is `None`, they have one row.
 ///
 /// # Errors
-/// If candle fails.
-pub(in crate::bayes) fn parts(batches: &[Batch]) -> Result<Vec<Batch>> {
-    let mut parts = Vec::new();
+/// The first error of `record` or `take`, or if even a single row has no record.
+pub(in crate::bayes) fn each_part(
+    batches: &[Batch],
+    record: impl Fn(&Batch) -> Result<Option<BatchRecord>>,
+    mut take: impl FnMut(&Batch, BatchRecord) -> Result<()>,
+) -> Result<()> {
+    let mut tokens = TOKENS;
     for batch in batches {
         let (rows, length) = batch.attention_mask.dims2()?;
-        let most = (TOKENS / length.max(1)).max(1);
-        for start in (0..rows).step_by(most) {
-            parts.push(batch.narrow(start, most.min(rows - start))?);
+        let mut start = 0;
+        while start < rows {
+            let count = (tokens / length.max(1)).clamp(1, rows - start);
+            let part = batch.narrow(start, count)?;
+            let part = if count == 1 { part.without_padding()? } else { part };
+            match record(&part)? {
+                Some(record) => {
+                    take(&part, record)?;
+                    start += count;
+                }
+                None if count > 1 => tokens = 0,
+                None => {
+                    return Err(Error::config("laplace", "the inputs of a layer are not those of one row"))
+                }
+            }
         }
     }
-    Ok(parts)
+    Ok(())
 }
 
 /// The factor that scales sums over the rows of `batches` up to `of_rows` rows, if they are a sample of those.
@@ -224,24 +242,29 @@ impl Places {
     /// Brings a layer's tokens into the shape `(b, t, d)` or `(b, 1, d)`. Accepts these shapes, `(b, d)`,
     /// `(b t, d)`, and the real tokens only, in the order of their rows; padding is then zero.
     ///
+    /// A layer may also see what examples share, such as DeBERTa's relative positions, as `(1, n, d)`: `None`,
+    /// unless there is only one example, whose `n` tokens they then are.
+    ///
     /// # Errors
     /// If the shape does not fit the batch.
-    pub fn per_example(&self, xs: &Tensor) -> Result<Tensor> {
+    pub fn per_example(&self, xs: &Tensor) -> Result<Option<Tensor>> {
         let (b, t) = (self.examples, self.length);
-        match *xs.dims() {
-            [rows, tokens, _] if rows == b && (tokens == t || tokens == 1) => Ok(xs.clone()),
-            [rows, d] if rows == b => Ok(xs.contiguous()?.reshape((b, 1, d))?),
-            [rows, d] if rows == b * t => Ok(xs.contiguous()?.reshape((b, t, d))?),
+        let tokens = match *xs.dims() {
+            [rows, tokens, _] if rows == b && (tokens == t || tokens == 1 || b == 1) => xs.clone(),
+            [1, _, _] => return Ok(None),
+            [rows, d] if rows == b => xs.contiguous()?.reshape((b, 1, d))?,
+            [rows, d] if rows == b * t => xs.contiguous()?.reshape((b, t, d))?,
             [rows, d] if rows == self.real => {
                 let zero = Tensor::zeros((1, d), xs.dtype(), xs.device())?;
                 let packed = ops::carry(&self.packed, xs.device())?;
                 let padded = Tensor::cat(&[xs, &zero], 0)?.index_select(&packed, 0)?;
-                Ok(padded.reshape((b, t, d))?)
+                padded.reshape((b, t, d))?
             }
             _ => {
                 let reason = format!("expected the tokens of {b} rows of {t}, got shape {:?}", xs.shape());
-                Err(Error::config("laplace", reason))
+                return Err(Error::config("laplace", reason));
             }
-        }
+        };
+        Ok(Some(tokens))
     }
 }

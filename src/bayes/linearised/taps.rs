@@ -15,7 +15,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 
 use super::record::{BatchRecord, LayerRecord, Places, Wanted};
 use crate::adapter::{
@@ -187,6 +187,15 @@ impl Taps {
         self.layers.iter().map(|layer| layer.pair.a().dims()[0])
     }
 
+    /// The Frobenius norms of A and of s B of every layer, in the order of the model.
+    pub(super) fn norms(&self) -> Result<Vec<[f64; 2]>> {
+        let norm = |tensor: &Tensor| -> Result<f64> {
+            Ok(tensor.detach().to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt())
+        };
+        let of_layer = |Tapped { pair, .. }: &Tapped| Ok([norm(pair.a())?, pair.scale() * norm(pair.b())?]);
+        self.layers.iter().map(of_layer).collect()
+    }
+
     /// Removes the taps.
     ///
     /// # Errors
@@ -234,14 +243,15 @@ impl Taps {
         self.layers.iter().flat_map(of_layer).flatten().collect()
     }
 
-    /// Records one batch: the outputs, and the inputs and output gradients of the `maps` of every layer.
+    /// Records one batch: the outputs, and the inputs and output gradients of the `maps` of every layer. `None` if
+    /// a layer sees what examples share, so that each has to be recorded by itself.
     pub(in crate::bayes) fn record(
         &self,
         model: &dyn Predictor,
         batch: &Batch,
         maps: Maps,
         wanted: Wanted,
-    ) -> Result<BatchRecord> {
+    ) -> Result<Option<BatchRecord>> {
         self.start(maps);
         let outputs = model.predict(batch, &Pass::Mean.into());
         let passes = self.finish();
@@ -257,7 +267,7 @@ impl Taps {
             tapped.extend(maps.into_iter().map(|map| (layer, map)));
         }
         let records = tapped.iter().map(|(_, (inputs, _))| LayerRecord::new(inputs, &places));
-        let mut records = records.collect::<Result<Vec<_>>>()?;
+        let Some(mut records) = records.collect::<Result<Option<Vec<_>>>>()? else { return Ok(None) };
         let last = classes.saturating_sub(1);
         let differentiated = if wanted == Wanted::Curvature { last } else { classes };
         for class in 0..differentiated {
@@ -271,10 +281,11 @@ impl Taps {
                     let reason = "no gradient reaches the layer (gradient checkpointing must be off)";
                     return Err(Error::config("laplace", format!("{}: {reason}", layer.path)));
                 };
-                record.gradients.push(places.per_example(&grad.detach())?);
+                // The output of a layer is laid out as its input is.
+                record.gradients.extend(places.per_example(&grad.detach())?);
             }
         }
-        BatchRecord::new(&outputs, records)
+        BatchRecord::new(&outputs, records).map(Some)
     }
 
     /// Starts to record the passes of this thread.

@@ -132,7 +132,8 @@ impl PostNormLayer {
     }
 
     /// Disentangled attention for the `wanted` tokens, (b, t or 1, d). The tokens and the relative positions
-    /// pass each shared projection in one call, so that an adapter on it is called once.
+    /// pass each shared projection in one call, so that an adapter on it is called once: as (1, n, d), since the
+    /// positions are of no row.
     fn attend_relatively(
         &self,
         relative: &Relative,
@@ -143,10 +144,13 @@ impl PostNormLayer {
     ) -> candle_core::Result<Tensor> {
         let (positions, rows) = relative.positions.rows(batch.shape().1, &relative.dropout, cx)?; // (m, d)
         let (m, d) = positions.dims2()?;
-        let and_positions = |xs: &Tensor| Tensor::cat(&[&xs.reshape(((), d))?, &positions], 0);
-        let q = self.query.forward(&and_positions(wanted)?, cx)?;
+        let with_positions = |projection: &AdaptableLinear, xs: &Tensor| {
+            let both = Tensor::cat(&[&xs.reshape(((), d))?, &positions], 0)?;
+            projection.forward(&both.unsqueeze(0)?, cx)?.squeeze(0)
+        };
+        let q = with_positions(&self.query, wanted)?;
         let q = if batch.only().is_some() { q } else { batch.pad_rows(q, m, cx.path)? }; // (b * (t or 1) + m, d)
-        let k = batch.pad_rows(self.key.forward(&and_positions(xs)?, cx)?, m, cx.path)?; // (b * t + m, d)
+        let k = batch.pad_rows(with_positions(&self.key, xs)?, m, cx.path)?; // (b * t + m, d)
         let v = batch.pad(self.value.forward(xs, cx)?, cx.path)?; // (b, t, d)
 
         // The scores have three terms, each with the variance of the one term of ordinary attention.
