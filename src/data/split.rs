@@ -2,6 +2,8 @@
 //!
 //! The first or last rows of a file are no random sample: files are sorted by source, length or label.
 
+use std::collections::BTreeMap;
+
 use crate::data::encode::Encoded;
 use crate::data::task::Label;
 use crate::error::{Error, Result};
@@ -53,7 +55,7 @@ pub fn stratified(strata: &[u32], count: usize, noise: Noise, subset: Subset) ->
     if count >= strata.len() {
         return (0..strata.len()).collect();
     }
-    let mut groups = std::collections::BTreeMap::<u32, Vec<usize>>::new();
+    let mut groups = BTreeMap::<u32, Vec<usize>>::new();
     strata.iter().enumerate().for_each(|(place, stratum)| groups.entry(*stratum).or_default().push(place));
     // In integers: quotient and remainder of size * count / rows.
     let share = |group: &Vec<usize>| {
@@ -77,7 +79,8 @@ pub fn stratified(strata: &[u32], count: usize, noise: Noise, subset: Subset) ->
 }
 
 /// Splits rows into those that stay and a share to hold out, drawn by [`stratified`]; returns the indices of
-/// both, ascending. The number of held-out rows is rounded to the nearest integer.
+/// both, ascending. The number of held-out rows is rounded to the nearest integer. The only row of a stratum
+/// stays, so that a class of one row is trained on.
 ///
 /// # Errors
 /// If `share` is not at least 0 and below 1; or if it is above 0 and would hold out no row, or all.
@@ -85,15 +88,19 @@ pub fn hold_out(strata: &[u32], share: f64, noise: Noise) -> Result<(Vec<usize>,
     if !(0.0..1.0).contains(&share) {
         return Err(Error::config("held_out", format!("expected a share from 0 to below 1, got {share}")));
     }
-    let count = (strata.len() as f64 * share).round() as usize;
+    let mut sizes = BTreeMap::<u32, usize>::new();
+    strata.iter().for_each(|stratum| *sizes.entry(*stratum).or_default() += 1);
+    let several: Vec<usize> = (0..strata.len()).filter(|place| sizes[&strata[*place]] > 1).collect();
+    let count = (several.len() as f64 * share).round() as usize;
     if share > 0.0 && (count == 0 || count == strata.len()) {
         let reason = format!(
             "{share} of {} rows is {count}: at least one row must be held out, and one must remain",
-            strata.len()
+            several.len()
         );
         return Err(Error::config("held_out", reason));
     }
-    let held = stratified(strata, count, noise, Subset::HeldOut);
+    let held = stratified(&at(strata, &several), count, noise, Subset::HeldOut);
+    let held = at(&several, &held);
     let stay = (0..strata.len()).filter(|place| held.binary_search(place).is_err()).collect();
     Ok((stay, held))
 }

@@ -26,38 +26,68 @@ type Read<T> = std::result::Result<T, String>;
 /// data; or `prompt` and `completion` as lists of messages, as TRL has them, of which only the completion is
 /// learnt. `None` if no turn is to be learnt.
 pub(super) fn conversation(row: &Value) -> Read<Option<Conversation>> {
+    let (mut messages, first) = all_turns(row, true)?;
+    let mut learnt: Vec<usize> = (first..messages.len()).filter(|turn| is_learnt(&messages[*turn])).collect();
+    let Some(last) = learnt.last() else { return Ok(None) };
+    messages.truncate(last + 1);
+    if begin_with_system(row, &mut messages)? {
+        learnt.iter_mut().for_each(|turn| *turn += 1);
+    }
+    Ok(Some(Conversation { messages, tools: tools(row)?, learnt }))
+}
+
+/// Reads the turns of a row that the assistant is to answer, and the tools: without the turns of the assistant
+/// at their end, and without a `completion`.
+pub(super) fn question(row: &Value) -> Read<(Vec<Value>, Value)> {
+    let (mut messages, first) = all_turns(row, false)?;
+    if field(row, "messages").or(field(row, "conversations")).is_none() {
+        messages.truncate(first);
+    }
+    let asks = |turn: &Value| turn.get_attr("role").is_ok_and(|role| role.as_str() != Some("assistant"));
+    messages.truncate(messages.iter().rposition(asks).map_or(0, |last| last + 1));
+    if messages.is_empty() {
+        return Err("there is nothing to answer".to_string());
+    }
+    begin_with_system(row, &mut messages)?;
+    Ok((messages, tools(row)?))
+}
+
+/// All turns of a row, and the index of the first that may be learnt. `answered`: a prompt needs a completion.
+fn all_turns(row: &Value, answered: bool) -> Read<(Vec<Value>, usize)> {
     if row.kind() != ValueKind::Map {
         return Err(format!("expected an object, got {}", shown(row)));
     }
-    let (mut messages, first) = if let Some(messages) = field(row, "messages") {
-        (turns(&messages, "messages")?, 0)
-    } else if let Some(messages) = field(row, "conversations") {
-        (turns(&messages, "conversations")?, 0)
-    } else if let (Some(prompt), Some(completion)) = (field(row, "prompt"), field(row, "completion")) {
-        let mut messages = turns(&prompt, "prompt")?;
-        let first = messages.len();
-        messages.extend(turns(&completion, "completion")?);
-        (messages, first)
-    } else {
+    for name in ["messages", "conversations"] {
+        if let Some(messages) = field(row, name) {
+            return Ok((turns(&messages, name)?, 0));
+        }
+    }
+    let completion = field(row, "completion");
+    let Some(prompt) = field(row, "prompt").filter(|_| completion.is_some() || !answered) else {
         let keys: Vec<String> = row.try_iter().into_iter().flatten().map(|key| key.to_string()).collect();
         let present = excerpt(&keys.join(", "));
         let expected = "\"messages\", \"conversations\", or \"prompt\" and \"completion\"";
         return Err(format!("expected {expected}; the object has: {present}"));
     };
-    let mut learnt: Vec<usize> = (first..messages.len()).filter(|turn| is_learnt(&messages[*turn])).collect();
-    let Some(last) = learnt.last() else { return Ok(None) };
-    messages.truncate(last + 1);
-    if let Some(system) = field(row, "system").filter(says) {
-        let Some(text) = system.as_str() else {
-            return Err(format!("field \"system\": expected a string, got {}", shown(&system)));
-        };
-        if messages[0].get_attr("role").is_ok_and(|role| role.as_str() == Some("system")) {
-            return Err("a field \"system\" beside a system message: remove one of them".to_string());
-        }
-        messages.insert(0, message("system", text));
-        learnt.iter_mut().for_each(|turn| *turn += 1);
+    let mut messages = turns(&prompt, "prompt")?;
+    let first = messages.len();
+    if let Some(completion) = completion {
+        messages.extend(turns(&completion, "completion")?);
     }
-    Ok(Some(Conversation { messages, tools: tools(row)?, learnt }))
+    Ok((messages, first))
+}
+
+/// Puts the text of the field `system` before the turns, and returns whether there is one.
+fn begin_with_system(row: &Value, messages: &mut Vec<Value>) -> Read<bool> {
+    let Some(system) = field(row, "system").filter(says) else { return Ok(false) };
+    let Some(text) = system.as_str() else {
+        return Err(format!("field \"system\": expected a string, got {}", shown(&system)));
+    };
+    if messages[0].get_attr("role").is_ok_and(|role| role.as_str() == Some("system")) {
+        return Err("a field \"system\" beside a system message: remove one of them".to_string());
+    }
+    messages.insert(0, message("system", text));
+    Ok(true)
 }
 
 /// The value of a field that is there and not null.

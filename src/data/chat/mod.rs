@@ -14,5 +14,5 @@ mod template;
 mod tests;
 mod tojson;
 
-pub use read::{read, read_from, Conversations};
+pub use read::{prompts_from, read, read_from, read_prompts, turn_ends, Conversations};
 pub use template::ChatTemplate;

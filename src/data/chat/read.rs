@@ -6,9 +6,10 @@ use std::path::Path;
 
 use minijinja::value::Value;
 
-use super::message::conversation;
+use super::message::{conversation, question, Conversation};
 use super::spans;
 use super::template::{with_room, ChatTemplate};
+use crate::data::causal::PromptEncoder;
 use crate::data::instruct::Prompted;
 use crate::data::lines::each_line;
 use crate::data::records;
@@ -54,11 +55,59 @@ pub fn read_from(source: impl Read, path: &Path, template: &ChatTemplate) -> Res
     with_room(|| parsed(&bytes, path, template)).map_err(Error::io(path))?
 }
 
+/// Reads the conversations of a file as prompts, for answers of the assistant: each up to its last turn that is
+/// not the assistant's, rendered up to where the model answers. Rows are as for [`read`], also without answers.
+///
+/// # Errors
+/// As [`read`], and if a row has nothing to answer.
+pub fn read_prompts(path: &Path, template: &ChatTemplate) -> Result<Vec<String>> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    prompts_from(file, path, template)
+}
+
+/// [`read_prompts`] from any source; `path` only names it in errors.
+///
+/// # Errors
+/// As [`read_prompts`].
+pub fn prompts_from(source: impl Read, path: &Path, template: &ChatTemplate) -> Result<Vec<String>> {
+    let bytes = records::bytes(source, path)?;
+    let read = || {
+        let mut prompts = Vec::new();
+        each_row(&bytes, path, |row| {
+            let (messages, tools) = question(&row)?;
+            prompts.push(template.render(&messages, &tools, true)?);
+            Ok(())
+        })?;
+        match prompts.is_empty() {
+            true => Err(Error::format(path, "no examples")),
+            false => Ok(prompts),
+        }
+    };
+    with_room(read).map_err(Error::io(path))?
+}
+
+/// The special tokens with which a template ends the assistant's turns, ascending: where a model that has learnt
+/// them stops.
+///
+/// # Errors
+/// If the template refuses a question with an answer, or the tokenizer fails.
+pub fn turn_ends(template: &ChatTemplate, encoder: &PromptEncoder) -> Result<Vec<u32>> {
+    let turn = |role: &str| Value::from_pairs([("role", role), ("content", "a")]);
+    let conversation = Conversation {
+        messages: vec![turn("user"), turn("assistant")],
+        tools: Value::from(()),
+        learnt: vec![1],
+    };
+    let rows = with_room(|| spans::rows(template, &conversation)).map_err(Error::io(template.path()))?;
+    let rows = rows.map_err(|reason| Error::format(template.path(), reason))?;
+    Ok(encoder.clone().of_rendered().encode(&rows)?.ends)
+}
+
 /// The conversations of a file with these bytes.
 fn parsed(bytes: &[u8], path: &Path, template: &ChatTemplate) -> Result<Conversations> {
     let (mut read, mut count) = (Conversations::default(), 0);
-    let mut keep = |record: Value| {
-        let Some(conversation) = conversation(&record)? else {
+    each_row(bytes, path, |row| {
+        let Some(conversation) = conversation(&row)? else {
             read.left_out += 1;
             return Ok(());
         };
@@ -68,21 +117,28 @@ fn parsed(bytes: &[u8], path: &Path, template: &ChatTemplate) -> Result<Conversa
         read.rows.extend(rows);
         count += 1;
         Ok(())
-    };
-    if bytes.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[') {
-        records::each_of_array(bytes, path, keep)?;
-    } else {
-        each_line(bytes, path, |number, line| {
-            if line.trim().is_empty() {
-                return Ok(());
-            }
-            let record = serde_json::from_str(line).map_err(|error| format!("not a JSON object: {error}"));
-            record.and_then(&mut keep).map_err(|reason| Error::format_at(path, number, reason))
-        })?;
-    }
+    })?;
     match (read.rows.len(), read.left_out) {
         (0, 0) => Err(Error::format(path, "no examples")),
         (0, _) => Err(Error::format(path, "no conversation has an answer of the assistant")),
         _ => Ok(read),
     }
+}
+
+/// Calls `keep` with every row of JSON lines or of a JSON array.
+fn each_row(
+    bytes: &[u8],
+    path: &Path,
+    mut keep: impl FnMut(Value) -> std::result::Result<(), String>,
+) -> Result<()> {
+    if bytes.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[') {
+        return records::each_of_array(bytes, path, keep);
+    }
+    each_line(bytes, path, |number, line| {
+        if line.trim().is_empty() {
+            return Ok(());
+        }
+        let row = serde_json::from_str(line).map_err(|error| format!("not a JSON object: {error}"));
+        row.and_then(&mut keep).map_err(|reason| Error::format_at(path, number, reason))
+    })
 }

@@ -45,7 +45,12 @@ impl Text<'_> {
     /// not begin like those of its beginnings.
     fn turn(&self, messages: &[Value], turn: usize) -> Option<Range<usize>> {
         let before = &messages[..turn];
-        let start = self.beginning(before, true).or_else(|| self.beginning(before, false))?;
+        let start = match (self.beginning(before, true), before) {
+            // Before the first turn, nothing is no place where the model is asked.
+            (Some(0) | None, []) => self.first_content(&messages[0])?,
+            (Some(start), _) => start,
+            (None, _) => self.beginning(before, false)?,
+        };
         let end = match turn + 1 == messages.len() {
             true => self.text.len(),
             false => self.beginning(&messages[..=turn], false)?,
@@ -58,6 +63,22 @@ impl Text<'_> {
     fn beginning(&self, messages: &[Value], generation: bool) -> Option<usize> {
         let text = self.template.render(messages, self.tools, generation).ok()?;
         self.text.starts_with(&text).then_some(text.len())
+    }
+
+    /// Where the content of the first turn begins: as far as texts with other contents agree. Templates refuse a
+    /// conversation without turns, or write it without its start.
+    fn first_content(&self, first: &Value) -> Option<usize> {
+        let with = |content: &str| {
+            let pair = |key: Value| match key.as_str() {
+                Some("content") => (key, Value::from(content)),
+                _ => (key.clone(), first.get_item(&key).unwrap_or_default()),
+            };
+            let other = Value::from_pairs(first.try_iter().ok()?.map(pair));
+            self.template.render(&[other], self.tools, false).ok()
+        };
+        let (one, other) = (with("a")?, with("b")?);
+        let shared = one.bytes().zip(other.bytes()).take_while(|(one, other)| one == other).count();
+        (shared < one.len() && self.text.starts_with(one.get(..shared)?)).then_some(shared)
     }
 
     /// The row that learns these parts: the last is its answer, and what stands before it the prompt.

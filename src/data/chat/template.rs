@@ -47,6 +47,7 @@ pub struct ChatTemplate {
     /// The texts of the special tokens, by the names that templates use.
     tokens: BTreeMap<String, String>,
     path: PathBuf,
+    text: Arc<str>,
 }
 
 impl ChatTemplate {
@@ -103,12 +104,17 @@ impl ChatTemplate {
                 (None, None) => Error::format(&path, reason),
             }
         })?;
-        Ok(Self { environment: Arc::new(environment), tokens, path })
+        Ok(Self { environment: Arc::new(environment), tokens, path, text: text.into() })
     }
 
     /// The file that the template is from.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The template itself.
+    pub fn text(&self) -> &str {
+        &self.text
     }
 
     /// The text of a conversation that begins with this turn of the user, up to where the model answers.

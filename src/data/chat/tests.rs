@@ -107,6 +107,61 @@ fn the_turns_of_the_assistant_are_found_in_the_text_of_every_template() -> Resul
 }
 
 #[test]
+fn a_conversation_may_begin_with_the_assistant() -> Result<()> {
+    let chat = json!({"messages": [
+        {"role": "assistant", "content": "a"}, {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "b"},
+    ]});
+    // Many templates look at the first turn.
+    let looks = format!("{{% if messages[0]['role'] == 'system' %}}!{{% endif %}}{CHATML}");
+    for (name, header, ends) in [
+        (CHATML, "<|im_start|>assistant\n", "<|im_end|>\n"),
+        (&looks, "<|im_start|>assistant\n", "<|im_end|>\n"),
+        (LLAMA_3, "<s><|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+    ] {
+        let rows = read_rows(name, &chat.to_string())?.rows;
+        let (text, learnt) = parts(&rows[0]);
+        assert!(rows.len() == 1 && text.starts_with(&format!("{header}a{ends}")), "{text}");
+        assert_eq!(learnt, [format!("a{ends}"), format!("b{ends}")], "{name}");
+    }
+    // What the template writes for the model to begin with is learnt in the first turn as in the others.
+    let rows = read_rows(THINKING, &chat.to_string())?.rows;
+    let thought = |text: &str| vec![format!("<think>\n\n</think>\n\n{text}<|im_end|>\n")];
+    assert_eq!(rows.iter().map(|row| parts(row).1).collect::<Vec<_>>(), [thought("a"), thought("b")]);
+    Ok(())
+}
+
+#[test]
+fn a_prompt_ends_where_the_assistant_is_to_answer() -> Result<()> {
+    let read = |row: &str| prompts_from(row.as_bytes(), Path::new("x.jsonl"), &template(CHATML));
+    let asked = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n";
+    let again = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n\
+                 <|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n";
+    // The answers at the end, if there are any, are left to the model.
+    for (texts, expected) in
+        [(&["q"][..], asked), (&["q", "a"], asked), (&["q", "a", "r"], again), (&["q", "a", "r", "b"], again)]
+    {
+        assert_eq!(read(&turns(texts))?, [expected]);
+    }
+    let user = json!([{"role": "user", "content": "q"}]);
+    let reply = json!([{"role": "assistant", "content": "a"}]);
+    for row in [
+        json!({"conversations": [{"from": "human", "value": "q"}]}),
+        json!({"prompt": user}),
+        json!({"prompt": user, "completion": reply}),
+    ] {
+        assert_eq!(read(&row.to_string())?, [asked]);
+    }
+    let with_system = read(&json!({"messages": user, "system": "s"}).to_string())?;
+    assert_eq!(with_system, [format!("<|im_start|>system\ns<|im_end|>\n{asked}")]);
+    let rows = [turns(&["q"]), json!({ "messages": reply }).to_string()].join("\n");
+    let error = read(&rows).unwrap_err().to_string();
+    assert!(error.contains("line 2: there is nothing to answer"), "{error}");
+    assert!(read("").unwrap_err().to_string().contains("no examples"));
+    Ok(())
+}
+
+#[test]
 fn a_conversation_is_split_where_its_template_writes_earlier_turns_differently() -> Result<()> {
     let rows = [turns(&["q", "a", "r", "b"]), turns(&["q", "a"])].join("\n");
     let read = read_rows(THINKING, &rows)?;
@@ -167,6 +222,7 @@ fn in_tokens_both_turns_are_learnt_with_their_ends_but_without_the_newline_behin
     let masked = |answer: usize| [vec![false; 3], vec![true; answer + 1], vec![false]].concat();
     assert_eq!(row.learnt, [vec![false; 6], masked(3), vec![false; 6], masked(1)].concat());
     assert_eq!((encoded.ends.as_slice(), encoded.cut), (&[4][..], 0));
+    assert_eq!(turn_ends(&template(CHATML), &encoder)?, [4]);
     assert_eq!(encoder.length(&read.rows[0])?, row.ids.len());
     // What a model is asked to continue is the beginning of the row.
     let prompt = encoder.prompt(&read.rows[0].prompt)?;

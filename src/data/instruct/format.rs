@@ -80,28 +80,36 @@ pub(super) fn of_conversation(row: &Row) -> Option<&'static str> {
     OF_CONVERSATIONS.into_iter().find(|name| says(row, name))
 }
 
-/// Converts a row into prompt and answer. Returns `None` if there is nothing to learn: for an empty text or
-/// completion, or an instruction with an empty output, as Alpaca has some.
-pub(super) fn prompted(row: &Row, format: Format) -> std::result::Result<Option<Prompted>, String> {
+/// The prompt of a row; of [`Format::Text`], its text.
+pub(super) fn prompt(row: &Row, format: Format) -> std::result::Result<String, String> {
     if let Some(name) = of_conversation(row).filter(|_| format != Format::Text) {
         return Err(format!(
             "field {name:?} is not supported and would be lost: read conversations in the format chat \
              (--format chat), put its text into the prompt, or remove it"
         ));
     }
-    let (prompt, answer) = match format {
+    Ok(match format {
         Format::Instruct => {
             let given = row.get("input").is_some_and(|input| *input != Cell::Null);
             let input = if given { text(row, "input")? } else { "" };
-            let instruction = text(row, "instruction")?;
-            (instruction_prompt(instruction, input), text(row, "output")?.to_string())
+            instruction_prompt(text(row, "instruction")?, input)
         }
-        Format::Gsm8k => {
-            (format!("Question: {}\nAnswer:", text(row, "question")?), format!(" {}", text(row, "answer")?))
-        }
-        Format::Completion => (text(row, "prompt")?.to_string(), text(row, "completion")?.to_string()),
-        Format::Code => (text(row, "prompt")?.to_string(), text(row, "canonical_solution")?.to_string()),
-        Format::Text => (String::new(), text(row, "text")?.to_string()),
+        Format::Gsm8k => format!("Question: {}\nAnswer:", text(row, "question")?),
+        Format::Completion | Format::Code => text(row, "prompt")?.to_string(),
+        Format::Text => text(row, "text")?.to_string(),
+    })
+}
+
+/// Converts a row into prompt and answer. Returns `None` if there is nothing to learn: for an empty text or
+/// completion, or an instruction with an empty output, as Alpaca has some.
+pub(super) fn prompted(row: &Row, format: Format) -> std::result::Result<Option<Prompted>, String> {
+    let given = prompt(row, format)?;
+    let (prompt, answer) = match format {
+        Format::Instruct => (given, text(row, "output")?.to_string()),
+        Format::Gsm8k => (given, format!(" {}", text(row, "answer")?)),
+        Format::Completion => (given, text(row, "completion")?.to_string()),
+        Format::Code => (given, text(row, "canonical_solution")?.to_string()),
+        Format::Text => (String::new(), given),
     };
     if answer.trim().is_empty() {
         return match format {

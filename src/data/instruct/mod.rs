@@ -19,4 +19,4 @@ mod tests;
 
 pub use format::{instruction_prompt, Format};
 pub use prompted::{Choices, ProgramTests, Prompted};
-pub use read::{read, read_from};
+pub use read::{prompts_from, read, read_from, read_prompts};

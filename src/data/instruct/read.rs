@@ -6,11 +6,11 @@ use std::path::Path;
 
 use serde::de::IgnoredAny;
 
-use super::format::{of_conversation, prompted, Format};
+use super::format::{of_conversation, prompt, prompted, Format};
 use super::prompted::Prompted;
 use crate::data::lines::each_line;
 use crate::data::records;
-use crate::data::row::{self, Row};
+use crate::data::row::{self, Cell, Row};
 use crate::error::{Error, Result};
 
 /// Reads a file of JSON lines, of one JSON array or, for [`Format::Text`], of plain lines. Empty texts and
@@ -30,29 +30,14 @@ pub fn read(path: &Path, format: Format) -> Result<Vec<Prompted>> {
 /// # Errors
 /// As [`read`].
 pub fn read_from(source: impl Read, path: &Path, format: Format) -> Result<Vec<Prompted>> {
-    let bytes = records::bytes(source, path)?;
-    let first = bytes.iter().find(|byte| !byte.is_ascii_whitespace());
     let (mut rows, mut beside) = (Vec::new(), None);
-    let keep = |record: Row| {
-        rows.push(prompted(&record, format)?);
+    each_row(source, path, format, |row| {
+        rows.push(prompted(&row, format)?);
         if format == Format::Text {
-            beside = beside.or(of_conversation(&record));
+            beside = beside.or(of_conversation(&row));
         }
         Ok(())
-    };
-    match first {
-        Some(b'[') if format != Format::Text || is_array(&bytes) => {
-            records::each_of_array(&bytes, path, keep)?;
-        }
-        Some(b'{') if format == Format::Text => each_record(&bytes, path, keep)?,
-        _ if format == Format::Text => each_line(&bytes[..], path, |_, line| {
-            if !line.trim().is_empty() {
-                rows.push(Some(Prompted { answer: line.to_string(), ..Prompted::default() }));
-            }
-            Ok(())
-        })?,
-        _ => each_record(&bytes, path, keep)?,
-    }
+    })?;
     if let Some(name) = beside {
         tracing::warn!("{}: rows have a field {name:?}, which is not read: only \"text\" is", path.display());
     }
@@ -67,6 +52,54 @@ pub fn read_from(source: impl Read, path: &Path, format: Format) -> Result<Vec<P
         }
     }
     Ok(rows)
+}
+
+/// Reads the prompts of a file, for answers to them: of all rows in order, with and without an answer. A row of
+/// [`Format::Text`] is a prompt itself.
+///
+/// # Errors
+/// As [`read`], except that answers need not be there.
+pub fn read_prompts(path: &Path, format: Format) -> Result<Vec<String>> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    prompts_from(file, path, format)
+}
+
+/// [`read_prompts`] from any source; `path` only names it in errors.
+///
+/// # Errors
+/// As [`read_prompts`].
+pub fn prompts_from(source: impl Read, path: &Path, format: Format) -> Result<Vec<String>> {
+    let mut prompts = Vec::new();
+    each_row(source, path, format, |row| {
+        prompts.push(prompt(&row, format)?);
+        Ok(())
+    })?;
+    match prompts.is_empty() {
+        true => Err(Error::format(path, "no examples")),
+        false => Ok(prompts),
+    }
+}
+
+/// Calls `keep` with every row of JSON lines, of a JSON array or, for [`Format::Text`], of plain lines, which
+/// become rows with a `text`.
+fn each_row(
+    source: impl Read,
+    path: &Path,
+    format: Format,
+    mut keep: impl FnMut(Row) -> std::result::Result<(), String>,
+) -> Result<()> {
+    let bytes = records::bytes(source, path)?;
+    let is_text = format == Format::Text;
+    match bytes.iter().find(|byte| !byte.is_ascii_whitespace()) {
+        Some(b'[') if !is_text || is_array(&bytes) => records::each_of_array(&bytes, path, keep),
+        Some(b'{') => each_record(&bytes, path, keep),
+        _ if is_text => each_line(&bytes[..], path, |number, line| match line.trim().is_empty() {
+            true => Ok(()),
+            false => keep(Row::from([("text".to_string(), Cell::Text(line.to_string()))]))
+                .map_err(|reason| Error::format_at(path, number, reason)),
+        }),
+        _ => each_record(&bytes, path, keep),
+    }
 }
 
 /// Calls `keep` with the record of each line that is not blank.

@@ -62,6 +62,34 @@ fn every_format_has_its_template() -> Result<()> {
 }
 
 #[test]
+fn prompts_are_read_with_and_without_answers() -> Result<()> {
+    let read = |format, text: &str| prompts_from(text.as_bytes(), Path::new("x.json"), format);
+    for (format, bare, with_answer) in [
+        (Format::Gsm8k, r#"{"question": "1+1?"}"#, r#"{"question": "1+1?", "answer": "2"}"#),
+        (
+            Format::Instruct,
+            r#"{"instruction": "Add.", "input": "1 2"}"#,
+            r#"{"instruction": "Add.", "input": "1 2", "output": "3"}"#,
+        ),
+        (Format::Completion, r#"{"prompt": "The sky"}"#, r#"{"prompt": "The sky", "completion": " is"}"#),
+        (Format::Code, r#"{"prompt": "def f():"}"#, r#"{"prompt": "def f():", "canonical_solution": " 1"}"#),
+    ] {
+        let prompts = read(format, &format!("{bare}\n{with_answer}"))?;
+        let learnt = &one(format, with_answer)?[0].prompt;
+        assert_eq!(prompts, [learnt.as_str(); 2]);
+        assert_eq!(read(format, &format!("[{bare}]"))?, [learnt.as_str()]);
+    }
+    assert_eq!(read(Format::Text, "one\n\n two\n")?, ["one", " two"]);
+    assert_eq!(read(Format::Text, r#"{"text": "one"}"#)?, ["one"]);
+    let error = read(Format::Gsm8k, "{\"question\": \"q\"}\n{}").unwrap_err().to_string();
+    assert!(error.starts_with("x.json, line 2: no field \"question\""), "{error}");
+    let error = read(Format::Instruct, r#"{"instruction": "a", "system": "b"}"#).unwrap_err().to_string();
+    assert!(error.contains("would be lost"), "{error}");
+    assert!(read(Format::Text, " \n").unwrap_err().to_string().contains("no examples"));
+    Ok(())
+}
+
+#[test]
 fn an_instruction_without_an_answer_is_left_out_unless_all_are() {
     let row = |output: &str| format!(r#"{{"instruction": "do", "input": "", "output": "{output}"}}"#);
     for text in [

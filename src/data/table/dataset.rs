@@ -1,6 +1,5 @@
 //! A data set: rows for training and evaluation, and the prediction target.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::columns::Columns;
@@ -68,14 +67,22 @@ impl DataSet {
     /// Reads the evaluation rows from a file.
     ///
     /// # Errors
-    /// As [`super::read()`] and [`Target::examples`]; or if no row has a label.
+    /// As [`Self::read_labelled`].
     pub fn with_dev(self, dev: impl AsRef<Path>) -> Result<Self> {
-        let table = read(dev, &self.columns)?;
-        let dev = self.target.examples(&table)?;
-        if dev.iter().all(|row| row.label == Label::Unknown) {
-            return Err(Error::format(&table.path, "no row has a label to measure by"));
+        Ok(Self { dev: self.read_labelled(dev)?, ..self })
+    }
+
+    /// Reads further rows with the columns and the target of this set, such as those of a final test.
+    ///
+    /// # Errors
+    /// As [`super::read()`] and [`Target::examples`]; or if no row has a label.
+    pub fn read_labelled(&self, path: impl AsRef<Path>) -> Result<Vec<Example>> {
+        let table = read(path, &self.columns)?;
+        let rows = self.target.examples(&table)?;
+        match rows.iter().all(|row| row.label == Label::Unknown) {
+            true => Err(Error::format(&table.path, "no row has a label to measure by")),
+            false => Ok(rows),
         }
-        Ok(Self { dev, ..self })
     }
 
     /// Moves a share of the training rows, drawn by the seed and stratified by class, to the evaluation rows,
@@ -85,12 +92,7 @@ impl DataSet {
     /// As [`hold_out`].
     pub fn hold_out(self, share: f64, noise: Noise) -> Result<Self> {
         let strata: Vec<u32> = self.train.iter().map(|row| stratum(row.label)).collect();
-        let mut counts = BTreeMap::<u32, usize>::new();
-        strata.iter().for_each(|class| *counts.entry(*class).or_default() += 1);
-        let several: Vec<usize> = (0..strata.len()).filter(|place| counts[&strata[*place]] > 1).collect();
-        let (_, held) = hold_out(&at(&strata, &several), share, noise)?;
-        let held: Vec<usize> = held.into_iter().map(|place| several[place]).collect();
-        let stay: Vec<usize> = (0..strata.len()).filter(|place| held.binary_search(place).is_err()).collect();
+        let (stay, held) = hold_out(&strata, share, noise)?;
         Ok(Self { train: at(&self.train, &stay), dev: at(&self.train, &held), ..self })
     }
 
