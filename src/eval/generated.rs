@@ -5,6 +5,7 @@ use crate::data::tokenizer;
 use crate::error::{Error, Result};
 use crate::models::causal::CausalLm;
 use crate::models::generate::{generate, GenerateConfig};
+use crate::train::LanguageModel;
 use crate::util::check::at_least_one;
 
 /// A model with its tokeniser and generation settings.
@@ -29,7 +30,13 @@ impl std::fmt::Debug for Generator<'_> {
     }
 }
 
-impl Generator<'_> {
+impl<'a> Generator<'a> {
+    /// The generator of an opened model, 8 prompts at a time. Texts also end at the model's own end tokens.
+    pub fn of(language: &'a LanguageModel, mut config: GenerateConfig) -> Self {
+        config.stop.extend(&language.model.config().eos_token_ids);
+        Self { model: &language.model, encoder: &language.encoder, config, batch_size: 8 }
+    }
+
     /// Returns the text that follows each prompt, up to and without the first of the texts in `stop`. Row `i`
     /// samples with the noise of row `config.first_row + i`, whatever the batch size.
     ///
@@ -40,18 +47,46 @@ impl Generator<'_> {
         self.texts_from(0, prompts, stop)
     }
 
+    /// [`Self::texts`], where `take` gets the texts of each batch as soon as they are there, in order.
+    ///
+    /// # Errors
+    /// As [`Self::texts`], or the first error of `take`.
+    pub fn each_batch(
+        &self,
+        prompts: &[&str],
+        stop: &[&str],
+        take: &mut dyn FnMut(Vec<String>) -> Result<()>,
+    ) -> Result<()> {
+        self.each_from(0, prompts, stop, take)
+    }
+
     /// [`Self::texts`] for prompts whose first row is number `start`.
     pub(super) fn texts_from(&self, start: usize, prompts: &[&str], stop: &[&str]) -> Result<Vec<String>> {
-        self.check()?;
-        let (mut texts, size) = (Vec::with_capacity(prompts.len()), self.batch_size);
-        for (chunk, first) in prompts.chunks(size).zip((start..).step_by(size)) {
-            let mut ids = Vec::with_capacity(chunk.len());
-            for (prompt, row) in chunk.iter().zip(first..) {
-                ids.push(self.prompt_ids(row, prompt)?);
-            }
-            texts.extend(self.continued(&ids, first as u64, stop)?);
-        }
+        let mut texts = Vec::with_capacity(prompts.len());
+        self.each_from(start, prompts, stop, &mut |batch| {
+            texts.extend(batch);
+            Ok(())
+        })?;
         Ok(texts)
+    }
+
+    /// [`Self::each_batch`] for prompts whose first row is number `start`.
+    fn each_from(
+        &self,
+        start: usize,
+        prompts: &[&str],
+        stop: &[&str],
+        take: &mut dyn FnMut(Vec<String>) -> Result<()>,
+    ) -> Result<()> {
+        self.check()?;
+        let size = self.batch_size;
+        // All of them first: a prompt that is too long must not end a long run in its middle.
+        let ids = prompts.iter().zip(start..).map(|(prompt, row)| self.prompt_ids(row, prompt));
+        let ids = ids.collect::<Result<Vec<_>>>()?;
+        for (chunk, first) in ids.chunks(size).zip((start..).step_by(size)) {
+            take(self.continued(chunk, first as u64, stop)?)?;
+        }
+        Ok(())
     }
 
     /// Checks the batch size.

@@ -141,6 +141,10 @@ impl Method {
                  differ from it",
             );
         }
+        if self.adapter().is_none() && *self != Self::Full {
+            notes
+                .push("it is here for comparison: what it trains can be measured, but not opened to predict");
+        }
         if matches!(self, Self::MonteCLoRA(config) if config.scaler_schedule.anneals()) {
             notes.push(
                 "its training may end with a far smaller eps than the draws of a prediction have: these are \

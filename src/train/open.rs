@@ -1,64 +1,42 @@
 //! Opens a trained classifier from the files of a run or of Hugging Face.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::{DType, Device};
 
 use super::classifier::{Classifier, LoadPurpose};
 use super::method::{Method, MethodInit};
-use super::saved::RunFolder;
-use crate::adapter::Params;
+use super::saved::Trained;
 use crate::error::{Error, Result};
 use crate::inject::Targets;
 use crate::labels::Labels;
 use crate::models::hub::ModelFiles;
 use crate::models::sequence::OUTPUT_LAYERS;
 use crate::noise::Noise;
-use crate::peft::{AdapterFile, CONFIG_FILE};
-
-/// The contents of a folder.
-enum Found {
-    Adapter(PathBuf),
-    Model(PathBuf),
-}
 
 impl Classifier {
     /// Opens a trained classifier for prediction or further training. `dir` is the folder of an adapter (this
     /// crate's or PEFT's), of a model with a head, or of a run that contains either (`adapter/`, `model/`).
     /// The classes and their order come from the folder. The base of an adapter is `base`, or else the model
     /// that its file names. The length to which training cut its texts is not read: set it with
-    /// [`Self::set_max_length`].
+    /// [`Self::set_max_length`]. For the posterior of the linearised model, see
+    /// [`TrainedClassifier`](crate::bayes::TrainedClassifier).
     ///
     /// # Errors
     /// If the folder has neither, the base is not found, there is no trained head, or a file is damaged.
     pub fn open(dir: &Path, base: Option<&ModelFiles>, dtype: DType, device: &Device) -> Result<Self> {
-        match find(dir)? {
-            Found::Model(dir) => {
-                Self::of_checkpoint(&ModelFiles::locate(&dir.to_string_lossy(), None)?, dtype, device)
-            }
-            Found::Adapter(dir) => {
-                let file = AdapterFile::read(&dir)?;
-                let own = || {
-                    let Some(name) = &file.config.base_model_name_or_path else {
-                        let reason = "it does not name its base model: give the base model";
-                        return Err(Error::format(dir.join(CONFIG_FILE), reason));
-                    };
-                    ModelFiles::locate(name, file.config.revision.as_deref()).map_err(|error| {
-                        let reason = format!("its base model is not found ({error}): give the base model");
-                        Error::format(dir.join(CONFIG_FILE), reason)
-                    })
-                };
-                let files = base.map_or_else(own, |base| Ok(base.clone()))?;
-                let weights = OUTPUT_LAYERS.map(|layer| format!("{layer}.weight"));
-                let outputs = weights.iter().find_map(|name| file.saved_modules.get(name));
-                let outputs = outputs.map(|head| head.dim(0)).transpose()?;
-                let outputs = outputs.map_or_else(|| outputs_of(&files), Ok)?;
-                let names = file.labels.clone();
-                let start = MethodInit::Adapter(Box::new(file));
-                let opened = Self::load(&files, outputs, &start, Noise::new(0), dtype, device)?;
-                Ok(opened.with_numbers_of(names))
-            }
-        }
+        let (file, files) = match Trained::find(dir, base)? {
+            Trained::Model(files) => return Self::of_checkpoint(&files, dtype, device),
+            Trained::Adapter(file, files) => (file, files),
+        };
+        let weights = OUTPUT_LAYERS.map(|layer| format!("{layer}.weight"));
+        let outputs = weights.iter().find_map(|name| file.saved_modules.get(name));
+        let outputs = outputs.map(|head| head.dim(0)).transpose()?;
+        let outputs = outputs.map_or_else(|| outputs_of(&files), Ok)?;
+        let names = file.labels.clone();
+        let start = MethodInit::Adapter(file);
+        let opened = Self::load(&files, outputs, &start, Noise::new(0), dtype, device)?;
+        Ok(opened.with_numbers_of(names))
     }
 
     /// Opens the classifier of a checkpoint with a trained head, such as a hub repository's. In f32 its weights are
@@ -82,29 +60,6 @@ impl Classifier {
         }
         self
     }
-}
-
-/// Finds an adapter or a model in `dir`, or in its subfolders as a run names them.
-fn find(dir: &Path) -> Result<Found> {
-    let run = RunFolder::new(dir);
-    for root in [dir, &run.adapter()] {
-        if root.join(CONFIG_FILE).is_file() {
-            return Ok(Found::Adapter(root.to_owned()));
-        }
-        if root.join(Params::FILE).is_file() {
-            let reason =
-                "its method is for comparison only: its parameters are not in PEFT's format and cannot be \
-                          opened again";
-            return Err(Error::format(root, reason));
-        }
-    }
-    for root in [dir, &run.model()] {
-        if root.join("config.json").is_file() {
-            return Ok(Found::Model(root.to_owned()));
-        }
-    }
-    let reason = format!("no {CONFIG_FILE} and no config.json, here or in adapter/ or model/");
-    Err(Error::format(dir, reason))
 }
 
 /// Returns the number of outputs of a checkpoint's head.

@@ -2,10 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
+use serde::Serialize;
+
 use crate::adapter::Params;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::models::hub::ModelFiles;
 use crate::peft::{AdapterFile, ExportFormat, CONFIG_FILE};
-use crate::util::files;
+use crate::util::{files, json};
 
 /// The folder of a run, with what it trained: `adapter/` has an adapter in PEFT's format or, of a method
 /// without such a format, its parameters; `model/` has a whole model.
@@ -17,6 +21,9 @@ pub struct RunFolder(PathBuf);
 impl RunFolder {
     /// The file beside an adapter that holds a posterior of the linearised model.
     pub(crate) const POSTERIOR: &'static str = "linearised.json";
+
+    /// How the rows of the run were read.
+    const INPUT: &'static str = "input.json";
 
     /// The folder `dir`, which need not exist.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
@@ -41,6 +48,31 @@ impl RunFolder {
             true => of_run,
             false => dir.to_path_buf(),
         }
+    }
+
+    /// Writes how a program read the rows of the run, for [`Self::find_input`].
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn save_input(&self, input: &impl Serialize) -> Result<()> {
+        files::write_json(&self.0.join(Self::INPUT), input)
+    }
+
+    /// Reads what [`Self::save_input`] wrote in the run that `trained` belongs to, which is its folder or the
+    /// `adapter/` or `model/` of it; and the run's folder. `None` if it wrote nothing.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or is not of this type.
+    pub fn find_input<T: DeserializeOwned>(trained: &Path) -> Result<Option<(PathBuf, T)>> {
+        let whole = trained.canonicalize().unwrap_or_else(|_| trained.to_owned());
+        for folder in [Some(&*whole), whole.parent()].into_iter().flatten() {
+            let path = folder.join(Self::INPUT);
+            if path.is_file() {
+                let input = json::parse(std::fs::read(&path).map_err(Error::io(&*path))?, &path)?;
+                return Ok(Some((folder.to_path_buf(), input)));
+            }
+        }
+        Ok(None)
     }
 
     /// Writes an adapter.
@@ -73,6 +105,58 @@ impl RunFolder {
         AdapterFile::remove(&dir)?;
         [Params::FILE, Self::POSTERIOR].iter().try_for_each(|name| files::remove(&dir.join(name)))
     }
+}
+
+/// What was trained, found in a folder, with the files of its base.
+#[derive(Debug)]
+pub(super) enum Trained {
+    /// An adapter and the files of its base.
+    Adapter(Box<AdapterFile>, ModelFiles),
+    /// A whole model.
+    Model(ModelFiles),
+}
+
+impl Trained {
+    /// Finds an adapter or a model in `dir`, or in its subfolders as a run names them. The base of an adapter is
+    /// `base`, or else the model that its file names.
+    ///
+    /// # Errors
+    /// If there is neither, the base is not found, or a file is damaged.
+    pub fn find(dir: &Path, base: Option<&ModelFiles>) -> Result<Self> {
+        let run = RunFolder::new(dir);
+        for root in [dir, &run.adapter()] {
+            if root.join(CONFIG_FILE).is_file() {
+                let file = AdapterFile::read(root)?;
+                let files = base.map_or_else(|| base_of(&file, root), |base| Ok(base.clone()))?;
+                return Ok(Self::Adapter(Box::new(file), files));
+            }
+            if root.join(Params::FILE).is_file() {
+                let reason =
+                    "its method is for comparison only: its parameters are not in PEFT's format and \
+                              cannot be opened again";
+                return Err(Error::format(root, reason));
+            }
+        }
+        for root in [dir, &run.model()] {
+            if root.join("config.json").is_file() {
+                return Ok(Self::Model(ModelFiles::locate(&root.to_string_lossy(), None)?));
+            }
+        }
+        let reason = format!("no {CONFIG_FILE} and no config.json, here or in adapter/ or model/");
+        Err(Error::format(dir, reason))
+    }
+}
+
+/// The base that the file of an adapter in `dir` names.
+fn base_of(file: &AdapterFile, dir: &Path) -> Result<ModelFiles> {
+    let Some(name) = &file.config.base_model_name_or_path else {
+        let reason = "it does not name its base model: give the base model";
+        return Err(Error::format(dir.join(CONFIG_FILE), reason));
+    };
+    ModelFiles::locate(name, file.config.revision.as_deref()).map_err(|error| {
+        let reason = format!("its base model is not found ({error}): give the base model");
+        Error::format(dir.join(CONFIG_FILE), reason)
+    })
 }
 
 #[cfg(test)]
@@ -114,6 +198,14 @@ mod tests {
         run.save_parameters(&params)?;
         run.remove_adapter()?;
         assert_eq!(there(), [false; 3]);
+        // How rows were read is found from each of the run's folders.
+        assert_eq!(RunFolder::find_input::<usize>(dir.path())?, None);
+        run.save_input(&64usize)?;
+        for trained in [dir.path(), &run.adapter()] {
+            let (folder, length) = RunFolder::find_input::<usize>(trained)?.unwrap();
+            assert_eq!((folder, length), (dir.path().canonicalize().unwrap(), 64));
+        }
+        assert!(RunFolder::find_input::<String>(dir.path()).is_err());
         Ok(())
     }
 }
