@@ -63,3 +63,8 @@ pub use monteclora::{
 pub use noise::Noise;
 pub use ops::Tape;
 pub use util::device::cuda_device;
+
+/// The code of the guide, which is compiled with the tests of the documentation.
+#[cfg(all(doctest, feature = "train"))]
+#[doc = include_str!("../docs/GUIDE.md")]
+struct Guide;

@@ -24,6 +24,16 @@ impl Given {
         self.0.value_source(option) == Some(ValueSource::CommandLine)
     }
 
+    /// Warns for each option of `T` that was given that it has no effect, and why, but for those that are `read`,
+    /// names separated by blanks.
+    pub fn reads_only<T: CommandFactory>(&self, read: &str, why: &str) {
+        let all = T::command();
+        let options = all.get_arguments().map(|option| option.get_id().as_str());
+        let unread: Vec<&str> =
+            options.filter(|option| !read.split_whitespace().any(|read| read == *option)).collect();
+        self.without_effect(&unread, why);
+    }
+
     /// Warns for each of these options that was given that it has no effect, and why. Default values cause no
     /// warning.
     pub fn without_effect(&self, options: &[&str], why: &str) {

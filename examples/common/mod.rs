@@ -3,25 +3,20 @@
 #![allow(dead_code)] // each example uses only a part
 
 pub mod allocator;
-pub mod contender;
 pub mod download;
-pub mod generation;
-pub mod gguf;
 pub mod given;
 pub mod interrupt;
-pub mod language;
 pub mod log;
 pub mod options;
 pub mod output;
 pub mod processes;
-pub mod random_weights;
-pub mod row_format;
 pub mod tasks;
 pub mod training;
 pub mod watch;
 
 pub use allocator::tune_allocator;
 
+use std::io::ErrorKind;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -44,6 +39,10 @@ pub fn exit(outcome: Outcome) -> ExitCode {
             Some(monteclora::Error::Interrupted { .. }) => {
                 tell_err!("{error}");
                 interrupt::exit_code()
+            }
+            // Whoever read the result has seen enough.
+            Some(monteclora::Error::Io { source, .. }) if source.kind() == ErrorKind::BrokenPipe => {
+                ExitCode::SUCCESS
             }
             _ => {
                 output::last_line(format_args!("error: {error}"));

@@ -52,7 +52,8 @@ pub struct MethodOptions {
     /// The number N of mixture components.
     #[arg(long)]
     pub num_components: Option<usize>,
-    /// The scale epsilon of the perturbation.
+    /// The scale epsilon of the perturbation. Default: the preset's; of paper 5e-3, as for RoBERTa (for LLaMA the paper
+    /// has 2.5e-5).
     #[arg(long)]
     pub sample_scaler: Option<f64>,
     /// The weight eta of the KL terms.
@@ -65,6 +66,16 @@ pub struct MethodOptions {
     /// Put a posterior on the LoRA of --adapter: A and B stay fixed, only the posterior is trained.
     #[arg(long, requires = "adapter")]
     pub post_hoc: bool,
+}
+
+/// The base of a run.
+pub struct Base {
+    /// A folder, or a hub repository.
+    pub model: String,
+    /// The revision of the repository.
+    pub revision: Option<String>,
+    /// Whether it is the example's bundled model, which is small and needs a higher learning rate.
+    pub is_bundled: bool,
 }
 
 /// Whether a method reads an option.
@@ -95,21 +106,21 @@ impl MethodOptions {
         Ok(())
     }
 
-    /// The base and its revision: those of --model, or else of the --adapter, or else the bundled model.
-    pub fn base(
-        &self,
-        model: Option<&str>,
-        revision: Option<&str>,
-        bundled: &str,
-    ) -> Outcome<(String, Option<String>)> {
-        if let Some(model) = model {
-            return Ok((model.to_string(), revision.map(str::to_string)));
-        }
-        let config = self.adapter.as_deref().map(AdapterFile::read).transpose()?.map(|file| file.config);
-        match config.and_then(|config| Some((config.base_model_name_or_path?, config.revision))) {
-            Some(base) => Ok(base),
-            None => Ok((asset(bundled)?, None)),
-        }
+    /// The base: that of --model, or else of the --adapter, or else the bundled model of this name.
+    pub fn base(&self, model: Option<&str>, revision: Option<&str>, bundled: &str) -> Outcome<Base> {
+        let given = model.map(|model| (model.to_string(), revision.map(str::to_string)));
+        let config = match (&given, &self.adapter) {
+            (None, Some(dir)) => Some(AdapterFile::read(dir)?.config),
+            _ => None,
+        };
+        let of_file = config.and_then(|config| Some((config.base_model_name_or_path?, config.revision)));
+        let (model, revision) = match given.or(of_file) {
+            Some(base) => base,
+            None => (asset(bundled)?, None),
+        };
+        let place = |path: &str| Path::new(path).canonicalize().ok();
+        let is_bundled = asset(bundled).is_ok_and(|bundled| place(&bundled) == place(&model));
+        Ok(Base { model, revision, is_bundled })
     }
 
     /// The names of the methods to run, one after the other.

@@ -52,6 +52,13 @@ pub fn line(text: Arguments) {
     }
 }
 
+/// Prints lines of a result to standard output. Unlike [`line`], whose text comments on a run, this fails if they
+/// cannot be written: the result would be lost.
+pub fn result(text: &str) -> monteclora::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{text}").and_then(|()| out.flush()).map_err(monteclora::Error::io("standard output"))
+}
+
 /// Prints a line to standard error, if possible.
 pub fn error_line(text: Arguments) {
     if !is_hushed() {

@@ -21,19 +21,19 @@ mod run;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser};
+use clap::Parser;
 use common::given::Given;
-use common::options::MethodOptions;
+use common::options::{Base, MethodOptions};
 use common::output::{tell, tell_err};
 use common::processes::{self, Processes};
 use common::training::TrainOptions;
 use common::{interrupt, Outcome};
 use monteclora::data::task::{Splits, Task};
 use monteclora::models::Quantization;
-use monteclora::train::{Method, MethodName};
+use monteclora::train::{Method, MethodInit, MethodName, RunFolder};
 use monteclora::Noise;
 use predict::Request;
-use rows::{Goal, TableOptions};
+use rows::{Goal, Input, TableOptions, TEST};
 use run::{Run, PARTS};
 use serde_json::Value;
 
@@ -54,7 +54,7 @@ struct Args {
     /// A folder in the GLUE or SuperGLUE download layout. Default: the task's files on the hub.
     #[arg(long)]
     data: Option<PathBuf>,
-    /// Use a newly initialised head, even if the model has a trained one.
+    /// Use a newly initialised head, even if the model or the adapter has a trained one.
     #[arg(long)]
     new_head: bool,
     #[command(flatten)]
@@ -71,12 +71,15 @@ struct Args {
     /// Rows per micro-batch.
     #[arg(long, default_value_t = 32, help_heading = "Training")]
     batch_size: usize,
+    /// Measure on this many rows of each development set, drawn at random, stratified by label.
+    #[arg(long, help_heading = "Evaluation and output")]
+    limit_dev: Option<usize>,
     /// Rows per batch of an evaluation or prediction. Default: 64; of a decoder 16, or --batch-size if that is
     /// less.
     #[arg(long, help_heading = "Evaluation and output")]
     eval_batch_size: Option<usize>,
     /// The maximum number of tokens in a row, special ones included; a pair is cut at its longer text first.
-    /// Default: 128; with --predict that of the run, or else the model's.
+    /// Default: 128; with --adapter that of its run; with --predict else the model's.
     #[arg(long, help_heading = "Model and data")]
     max_length: Option<usize>,
     /// Posterior draws to average besides the mean (monteclora and blob). Default: 10 in the table, else 0.
@@ -86,6 +89,10 @@ struct Args {
     /// the training rows (lora, map and monteclora, of classes); with --predict, under that of the run alone.
     #[arg(long, help_heading = "Evaluation and output")]
     linearised: bool,
+    /// Hold out this share of the training rows, fit a temperature on them when training ends, and divide the head
+    /// by it, so that its probabilities are calibrated (classes; 0.15 in the studies).
+    #[arg(long, value_name = "SHARE", help_heading = "Training")]
+    temperature_share: Option<f64>,
     /// The device: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu", help_heading = "Model and data")]
     device: String,
@@ -101,22 +108,10 @@ struct Args {
     output: Option<PathBuf>,
 }
 
-impl Args {
-    /// Warns about given options that a prediction does not read.
-    fn tell_unread_by_predict(&self, given: &Given) {
-        let all = Self::command();
-        let read =
-            "model revision task adapter predict text_column text_pair_column label_column max_length \
-                    eval_batch_size positive_class posterior_samples linearised device dtype quantize output";
-        let read: Vec<&str> = read.split_whitespace().collect();
-        let options = all.get_arguments().map(|option| option.get_id().as_str());
-        let unread: Vec<&str> = options.filter(|option| !read.contains(option)).collect();
-        given.without_effect(&unread, "with --predict nothing is trained");
-        if self.linearised {
-            given.without_effect(&["posterior_samples"], "the linearised model predicts without draws");
-        }
-    }
-}
+/// The options that a prediction reads.
+const READ_BY_PREDICT: &str =
+    "model revision task adapter predict text_column text_pair_column label_column \
+    max_length eval_batch_size positive_class posterior_samples linearised device dtype quantize output";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -138,7 +133,10 @@ fn run(processes: &Processes) -> Outcome {
     let task: Task = args.task.parse()?;
     processes.join(&args.device)?;
     if let Some(rows) = &args.predict {
-        args.tell_unread_by_predict(&given);
+        given.reads_only::<Args>(READ_BY_PREDICT, "with --predict nothing is trained");
+        if args.linearised {
+            given.without_effect(&["posterior_samples"], "the linearised model predicts without draws");
+        }
         if !processes.is_first() {
             return Ok(()); // one process is enough
         }
@@ -160,10 +158,11 @@ fn run(processes: &Processes) -> Outcome {
         }
         .run();
     }
-    let (model, revision) =
-        args.method.base(args.model.as_deref(), args.revision.as_deref(), "tiny-roberta")?;
-    args.revision = revision;
-    let (goal, data) = load_data(&args, task)?;
+    if let (None, Some(dir)) = (args.max_length, &args.method.adapter) {
+        args.max_length = RunFolder::find_input::<Input>(dir)?.map(|(_, input)| input.max_length);
+    }
+    let base = args.method.base(args.model.as_deref(), args.revision.as_deref(), "tiny-roberta")?;
+    let (goal, data) = load_data(&args, task, &base)?;
     let methods = args.method.names()?;
     tell_unread(&args, &given, &methods, &goal)?;
     let mut table = Vec::new();
@@ -174,9 +173,9 @@ fn run(processes: &Processes) -> Outcome {
         let run = Run {
             args: &args,
             goal: &goal,
-            model: &model,
+            base: &base,
             name,
-            start: args.method.start(name, out)?,
+            start: start(&args, name, out)?,
             dtype: common::dtype(&args.dtype)?,
             out,
             writes: out.filter(|_| processes.is_first()),
@@ -188,18 +187,30 @@ fn run(processes: &Processes) -> Outcome {
     Ok(())
 }
 
+/// What a method starts from: with --new-head, an adapter without its head.
+fn start(args: &Args, name: MethodName, out: Option<&Path>) -> Outcome<MethodInit> {
+    let mut start = args.method.start(name, out)?;
+    if let (true, MethodInit::Adapter(file) | MethodInit::PostHoc(file, _)) = (args.new_head, &mut start) {
+        file.saved_modules.clear();
+        file.labels = None;
+    }
+    Ok(start)
+}
+
 /// Loads the rows: the user's own, or those of a task.
-fn load_data(args: &Args, task: Task) -> Outcome<(Goal, Splits)> {
+fn load_data(args: &Args, task: Task, base: &Base) -> Outcome<(Goal, Splits)> {
     if let Some(train) = &args.tables.train {
         let noise = Noise::new(args.train.seed);
         let (goal, data, counts) = Goal::of_tables(&args.tables, train, args.train.limit_train, noise)?;
         counts.iter().for_each(|line| tell_err!("{line}"));
         return Ok((goal, data));
     }
-    let data = match (&args.data, &args.model) {
-        (Some(dir), _) => task.load_folder(dir)?,
-        (None, None) if task == Task::Sst2 => task.load_folder(Path::new(&common::asset("sst2")?))?,
-        (None, _) => common::download::hub_splits(task)?,
+    let data = match &args.data {
+        Some(dir) => task.load_folder(dir)?,
+        None if base.is_bundled && task == Task::Sst2 => {
+            task.load_folder(Path::new(&common::asset("sst2")?))?
+        }
+        None => common::download::hub_splits(task)?,
     };
     Ok((Goal::of_task(task, &args.tables)?, data))
 }
@@ -217,6 +228,9 @@ fn tell_unread(args: &Args, given: &Given, methods: &[MethodName], goal: &Goal) 
     }
     if !args.method.any(methods, Method::has_posterior)? {
         given.without_effect(&["posterior_samples"], "the method has no posterior to draw from");
+    }
+    if goal.labels.len() < 2 || args.train.epochs == 0 {
+        given.without_effect(&["temperature_share"], "it only applies to a training of classes");
     }
     if !args.method.any(methods, Method::can_be_linearised)? || goal.labels.len() < 2 {
         given.without_effect(&["linearised"], "it only applies to lora, map and monteclora, of classes");
@@ -241,8 +255,10 @@ fn print_table(runs: &[Value], metric: &str) {
         None => "-".to_string(),
     };
     for run in runs {
-        for part in PARTS {
-            let metrics = &run[part];
+        let of_test = PARTS.map(|part| (format!("{part}_{TEST}"), format!("{part}, {TEST}")));
+        let parts = PARTS.map(|part| (part.to_string(), part.to_string())).into_iter().chain(of_test);
+        for (key, part) in parts {
+            let metrics = &run[&key];
             if metrics.is_null() {
                 continue;
             }

@@ -9,13 +9,13 @@ use monteclora::data::task::{Example, Task};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::Quantization;
 use monteclora::predict::{Prediction, Submission};
-use monteclora::train::Classifier;
+use monteclora::train::{Classifier, RunFolder};
 use monteclora::util::files;
 use monteclora::Labels;
 
 use super::rows::{tell_cut, Input, TableOptions};
-use crate::common::output::{tell, tell_err};
-use crate::common::{download, Outcome};
+use crate::common::output::tell_err;
+use crate::common::{download, output, Outcome};
 
 /// A prediction to make.
 pub struct Request<'a> {
@@ -53,7 +53,8 @@ impl Request<'_> {
         let base = base.map(|files| files.quantized(self.quantize));
         let mut opened = self.open(base.as_ref())?;
         let classifier = opened.classifier_mut();
-        let input = self.trained.map(Input::find).transpose()?.flatten();
+        let input =
+            self.trained.map(RunFolder::find_input::<Input>).transpose()?.flatten().map(|(_, input)| input);
         let of_run = input.as_ref().map(|input| input.max_length.min(classifier.config().longest()));
         classifier.set_max_length(self.max_length.or(of_run).unwrap_or(classifier.max_length()))?;
         self.eval_batch_size.map_or(Ok(()), |rows| classifier.set_eval_batch_size(rows))?;
@@ -79,10 +80,11 @@ impl Request<'_> {
                 Prediction::write_csv(&predictions, &classifier.labels, &path)?;
                 tell_err!("{}: {} rows", path.display(), predictions.len());
             }
-            None => tell!("{}", Prediction::csv(&predictions, &classifier.labels)?.trim_end()),
+            None => output::result(Prediction::csv(&predictions, &classifier.labels)?.trim_end())?,
         }
         if columns.label.is_some() {
-            tell_err!("by the mean: {}", serde_json::to_string(&classifier.evaluate(&examples)?)?);
+            let metrics = opened.evaluate(&examples, self.samples)?;
+            tell_err!("measured: {}", serde_json::to_string(&metrics)?);
         }
         Ok(())
     }

@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 use crate::common::output::tell_err;
 use crate::common::Outcome;
 
+/// The name of the rows that are measured at the end alone.
+pub const TEST: &str = "test";
+
 // Your own tables: CSV, TSV, JSON lines or parquet.
 #[derive(clap::Args, Clone)]
 pub struct TableOptions {
@@ -22,6 +25,9 @@ pub struct TableOptions {
     /// A table to measure on. Default: a part of the rows of --train.
     #[arg(long, value_name = "FILE", requires = "train")]
     pub dev: Option<PathBuf>,
+    /// A table to measure on at the end alone: rows that have chosen neither the best step nor anything else.
+    #[arg(long, value_name = "FILE", requires = "train")]
+    pub test: Option<PathBuf>,
     /// The share of --train to measure on without --dev, drawn by the seed and stratified by class.
     #[arg(long, default_value_t = 0.2)]
     pub dev_share: f64,
@@ -55,26 +61,6 @@ pub struct Input {
     pub columns: Option<Columns>,
     /// The maximum number of tokens in a text.
     pub max_length: usize,
-}
-
-impl Input {
-    /// The file name in a run's folder.
-    pub const FILE: &str = "input.json";
-
-    /// Finds the file of the run that `trained` belongs to: the run's folder, or its `adapter/` or `model/`.
-    pub fn find(trained: &Path) -> Outcome<Option<Self>> {
-        let whole = trained.canonicalize().unwrap_or_else(|_| trained.to_owned());
-        for folder in [Some(&*whole), whole.parent()].into_iter().flatten() {
-            let path = folder.join(Self::FILE);
-            if path.is_file() {
-                let text = std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-                return Ok(Some(
-                    serde_json::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))?,
-                ));
-            }
-        }
-        Ok(None)
-    }
 }
 
 impl TableOptions {
@@ -128,6 +114,7 @@ impl Goal {
             let kept = stratified(&strata.collect::<Vec<_>>(), limit, noise, Subset::Training);
             data.train = at(&data.train, &kept);
         }
+        let test = options.test.as_ref().map(|test| data.read_labelled(test)).transpose()?;
         let labels = Labels::from(&data.target);
         let default = if data.target == Target::Score { "pearson" } else { "accuracy" };
         let name = train.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
@@ -136,7 +123,9 @@ impl Goal {
         let mut counts = vec![format!("{:<24} {:>8} {:>8}", "label", "train", "dev")];
         counts.extend(data.counts().iter().map(|c| format!("{:<24} {:>8} {:>8}", c.name, c.train, c.dev)));
         counts.push(format!("{:<24} {:>8} {:>8}", "all rows", data.train.len(), data.dev.len()));
-        Ok((goal, Splits { train: data.train, dev: vec![("dev".into(), data.dev)] }, counts))
+        let test = test.map(|rows| (TEST.to_string(), rows));
+        let dev = [("dev".to_string(), data.dev)].into_iter().chain(test).collect();
+        Ok((goal, Splits { train: data.train, dev }, counts))
     }
 }
 

@@ -4,24 +4,26 @@ use std::path::Path;
 
 use candle_core::DType;
 use indicatif::ProgressBar;
-use monteclora::bayes::LinearisedClassifier;
+use monteclora::bayes::{LinearisedClassifier, Temperature, TEMPERATURE_BOUNDS};
 use monteclora::data::batch::{Batch, Batcher};
 use monteclora::data::encode::{Encoded, TextEncoder};
-use monteclora::data::task::Splits;
+use monteclora::data::split::{at, hold_out, strata, stratified, Subset};
+use monteclora::data::task::{Label, Splits};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::sequence::SequenceConfig;
+use monteclora::predict::logits;
 use monteclora::train::{
     self, Classification, Classifier, Evaluation, Method, MethodInit, MethodName, Predictions, RunFolder,
     Summary,
 };
 use monteclora::util::files;
-use monteclora::Noise;
+use monteclora::{Noise, Pass};
 use serde_json::{json, Value};
 
-use super::rows::{tell_cut, Goal, Input};
+use super::rows::{tell_cut, Goal, Input, TEST};
 use super::Args;
 use crate::common::log::{draw_curves, Log};
-use crate::common::options::check_apart;
+use crate::common::options::{check_apart, Base};
 use crate::common::output::tell_err;
 use crate::common::processes::Processes;
 use crate::common::watch::{self, say, Scores, Watch};
@@ -34,7 +36,7 @@ pub const PARTS: [&str; 3] = ["mean", "posterior", "linearised"];
 pub struct Run<'a> {
     pub args: &'a Args,
     pub goal: &'a Goal,
-    pub model: &'a str,
+    pub base: &'a Base,
     pub name: MethodName,
     pub start: MethodInit,
     pub dtype: DType,
@@ -48,6 +50,8 @@ pub struct Run<'a> {
 /// The tokenised rows of a run.
 struct Rows {
     train: Vec<Encoded>,
+    /// The rows that a temperature is fitted on.
+    held_out: Vec<Encoded>,
     dev: Vec<Split>,
     /// The maximum number of tokens.
     length: usize,
@@ -67,13 +71,13 @@ impl Run<'_> {
         // Held until everything is written, not only during training.
         let _lock = self.writes.map(files::lock).transpose()?;
         common::reset_peak_memory();
-        let files = common::download::model_files(self.model, self.args.revision.as_deref())?;
+        let files = common::download::model_files(&self.base.model, self.base.revision.as_deref())?;
         let files = files.quantized(self.args.quantize);
         let config = SequenceConfig::from_files(&files, self.goal.labels.len())?;
         let mut rows = self.encode(data, &files, &config)?;
         let saves = self.args.train.writes(&self.start, self.out)?;
         if let (Method::Full, Some(out)) = (self.start.method(), self.out) {
-            check_apart("--model", Path::new(self.model), &RunFolder::new(out).model())?;
+            check_apart("--model", Path::new(&self.base.model), &RunFolder::new(out).model())?;
         }
         let classifier = self.load(&files, &config)?;
         for split in &mut rows.dev {
@@ -83,10 +87,12 @@ impl Run<'_> {
             0 => Summary::default(), // evaluation only
             _ => self.train(&classifier, &rows)?,
         };
+        let temperature =
+            (!rows.held_out.is_empty()).then(|| temper(&classifier, &rows.held_out)).transpose()?;
         if let Some(dir) = self.writes.filter(|_| saves) {
             self.save(&classifier, rows.length, dir)?;
         }
-        self.measure(classifier, &rows, &summary, saves)
+        self.measure(classifier, &rows, &summary, temperature, saves)
     }
 
     fn encode(&self, data: &Splits, files: &ModelFiles, config: &SequenceConfig) -> Outcome<Rows> {
@@ -95,13 +101,24 @@ impl Run<'_> {
         let encoder = TextEncoder::new(tokenizer, length, config.longest())?;
         let train = encoder.encode(self.args.train.limit(&data.train))?;
         tell_cut("training", &train, length);
+        let tempers = self.goal.labels.len() > 1 && self.args.train.epochs > 0;
+        let share = self.args.temperature_share.filter(|_| tempers).unwrap_or(0.0);
+        let labelled: Vec<usize> =
+            (0..train.len()).filter(|row| train[*row].label != Label::Unknown).collect();
+        let (_, held) = hold_out(&at(&strata(&train), &labelled), share, Noise::new(self.args.train.seed))
+            .map_err(|why| format!("--temperature-share: {why}"))?;
+        let held = at(&labelled, &held);
+        let stay: Vec<usize> = (0..train.len()).filter(|row| held.binary_search(row).is_err()).collect();
+        let (train, held_out) = (at(&train, &stay), at(&train, &held));
         let mut dev = Vec::new();
         for (name, examples) in &data.dev {
             let rows = encoder.encode(examples)?;
+            let count = self.args.limit_dev.filter(|_| name != TEST).unwrap_or(rows.len());
+            let rows = at(&rows, &stratified(&strata(&rows), count, Noise::new(0), Subset::Measured));
             tell_cut(name, &rows, length);
             dev.push(Split { name: name.clone(), rows, batches: Vec::new() });
         }
-        Ok(Rows { train, dev, length })
+        Ok(Rows { train, held_out, dev, length })
     }
 
     fn load(&self, files: &ModelFiles, config: &SequenceConfig) -> Outcome<Classifier> {
@@ -110,7 +127,7 @@ impl Run<'_> {
         let (noise, device) = (Noise::new(args.train.seed), self.processes.device(&args.device)?);
         let mut classifier = load(files, goal.labels.clone(), &self.start, noise, self.dtype, &device)?;
         if let Some(note) = classifier.note() {
-            tell_err!("{}: {note}", self.model);
+            tell_err!("{}: {note}", self.base.model);
         }
         classifier.model.set_checkpoint_layers(args.train.checkpoint_layers);
         let positive = args.tables.positive_class.as_deref();
@@ -129,8 +146,7 @@ impl Run<'_> {
         let Self { args, goal, processes, .. } = self;
         let batcher = Batcher::new(args.batch_size, args.train.length_grouped, Noise::new(args.train.seed))?;
         let objective = Classification::new(classifier, &rows.train, batcher);
-        // The bundled model is small and only briefly pre-trained: it needs a higher learning rate.
-        let lr = if args.model.is_none() { 2e-3 } else { 3e-4 };
+        let lr = if self.base.is_bundled { 2e-3 } else { 3e-4 };
         let config = args.train.config(lr, &self.start.method(), self.dtype, processes.world())?;
         let log = self.writes.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
         let bar = processes.progress(0, self.name.as_str());
@@ -139,8 +155,8 @@ impl Run<'_> {
         let keep = || self.writes.map_or(Ok(()), |dir| self.save(classifier, rows.length, dir));
         let is_alone = processes.world() == 1;
         let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep, is_alone, at_end: Vec::new() };
-        let held_out = rows.dev.iter().flat_map(|split| &split.rows).flat_map(Encoded::numbers);
-        let mut checkpoints = self.out.map(|dir| args.train.checkpoints(dir, self.model, held_out));
+        let held_out = choosing(&rows.dev).flat_map(|split| &split.rows).flat_map(Encoded::numbers);
+        let mut checkpoints = self.out.map(|dir| args.train.checkpoints(dir, &self.base.model, held_out));
         // Only if given: the default metric follows from settings that are compared already.
         if let (Some(checkpoints), Some(metric)) = (&mut checkpoints, &args.tables.metric) {
             let of_first = classifier.labels.name(0).filter(|_| metric == "f1");
@@ -157,12 +173,19 @@ impl Run<'_> {
     /// Writes what was trained, after the settings that a prediction reads.
     fn save(&self, classifier: &Classifier, max_length: usize, dir: &Path) -> monteclora::Result<()> {
         let input = Input { columns: self.goal.columns.clone(), max_length };
-        files::write_json(&dir.join(Input::FILE), &input)?;
-        classifier.save(self.model, dir)
+        RunFolder::new(dir).save_input(&input)?;
+        classifier.save(&self.base.model, dir)
     }
 
-    /// Measures the rows of all splits, and writes metrics and predictions.
-    fn measure(&self, classifier: Classifier, rows: &Rows, summary: &Summary, saves: bool) -> Outcome<Value> {
+    /// Measures the rows of all splits.
+    fn measure(
+        &self,
+        classifier: Classifier,
+        rows: &Rows,
+        summary: &Summary,
+        temperature: Option<Temperature>,
+        saves: bool,
+    ) -> Outcome<Value> {
         let Self { args, goal, .. } = self;
         let samples = args.posterior_samples.unwrap_or(if args.method.method.is_none() { 10 } else { 0 });
         // Other methods have no posterior to draw from.
@@ -175,28 +198,40 @@ impl Run<'_> {
             measured.push(Predictions::in_turns(&classifier, rows, batches, samples, communicator)?);
         }
         let mut metrics = json!({
-            "task": goal.name, "method": self.name.as_str(), "seed": args.train.seed, "model": self.model,
+            "task": goal.name, "method": self.name.as_str(), "seed": args.train.seed, "model": self.base.model,
             "trainable_parameters": classifier.params.trainable_count(), "steps": summary.steps,
             "kept_step": summary.kept_step, "seconds": summary.seconds,
             "step_seconds_median": summary.step_seconds_median, "skipped": summary.skipped,
         });
+        if let Some(temperature) = temperature {
+            metrics["temperature"] = json!(temperature.value());
+        }
         if let Some(first) = measured.first().filter(|_| goal.columns.is_some()) {
             metrics["labels"] = json!(goal.labels.names());
             metrics["positive_class"] = json!(classifier.positive_class());
             metrics["classes"] = serde_json::to_value(first.class_scores()?)?;
         }
+        let written = self.write(&metrics, rows, &measured)?;
         let linearises = args.linearised && self.start.method().can_be_linearised() && goal.labels.len() > 1;
-        if linearises && self.processes.is_first() {
-            let linearised = LinearisedClassifier::refitted(classifier, &rows.train)?;
-            for (split, predictions) in rows.dev.iter().zip(&mut measured) {
-                predictions.linearised = Some(linearised.probabilities(&split.batches)?);
-            }
-            if let Some(dir) = self.writes.filter(|_| saves) {
-                linearised.save(self.model, dir)?;
-            }
+        if !linearises || !self.processes.is_first() {
+            return Ok(written);
         }
-        for (i, (split, predictions)) in rows.dev.iter().zip(&measured).enumerate() {
-            let wide = goal.columns.is_some() || args.tables.metric.is_some();
+        // After the files of the rest, which a refit that fails does not cost.
+        let linearised = LinearisedClassifier::refitted(classifier, &rows.train)?;
+        for (split, predictions) in rows.dev.iter().zip(&mut measured) {
+            predictions.linearised = Some(linearised.probabilities(&split.batches)?);
+        }
+        if let Some(dir) = self.writes.filter(|_| saves) {
+            linearised.save(&self.base.model, dir)?;
+        }
+        self.write(&metrics, rows, &measured)
+    }
+
+    /// Writes the metrics, to which it adds those of all splits, and the predictions.
+    fn write(&self, metrics: &Value, rows: &Rows, measured: &[Predictions]) -> Outcome<Value> {
+        let mut metrics = metrics.clone();
+        for (i, (split, predictions)) in rows.dev.iter().zip(measured).enumerate() {
+            let wide = self.goal.columns.is_some() || self.args.tables.metric.is_some();
             let suffix = if i == 0 { String::new() } else { format!("_{}", split.name) };
             let evaluation = serde_json::to_value(measured_as(predictions, wide)?)?;
             for part in PARTS {
@@ -217,6 +252,28 @@ impl Run<'_> {
     }
 }
 
+/// Fits a temperature on held-out rows, and divides the head by it.
+fn temper(classifier: &Classifier, held_out: &[Encoded]) -> Outcome<Temperature> {
+    let labelled = held_out.iter().filter_map(|row| match row.label {
+        Label::Class(class) => Some((row.clone(), class)),
+        _ => None,
+    });
+    let (rows, labels): (Vec<Encoded>, Vec<u32>) = labelled.unzip();
+    let batches = train::batches(classifier, &rows, classifier.eval_batch_size())?;
+    let fitted = Temperature::fit(&logits(classifier, &batches, &Pass::Mean.into())?, &labels)?;
+    if fitted.value() == TEMPERATURE_BOUNDS.0 {
+        // The likelihood of rows that are all right has no maximum: it would make the model certain.
+        tell_err!(
+            "--temperature-share: the {} held-out rows are all right: the head stays as it is",
+            rows.len()
+        );
+        return Ok(Temperature::new(1.0)?);
+    }
+    fitted.scale_head(&classifier.params)?;
+    tell_err!("temperature {:.3}, from {} rows that were not trained on", fitted.value(), rows.len());
+    Ok(fitted)
+}
+
 /// The metrics of the benchmark or, for own data, of the larger set.
 fn measured_as(predictions: &Predictions, own: bool) -> monteclora::Result<Evaluation> {
     if own {
@@ -226,7 +283,12 @@ fn measured_as(predictions: &Predictions, own: bool) -> monteclora::Result<Evalu
     }
 }
 
-/// Evaluates and reports all splits; the score is that of the first one.
+/// The splits by which the best step is chosen: all but the test's.
+fn choosing(dev: &[Split]) -> impl Iterator<Item = &Split> {
+    dev.iter().filter(|split| split.name != TEST)
+}
+
+/// Evaluates and reports all splits but the test's; the score is that of the first one.
 fn evaluate(
     classifier: &Classifier,
     dev: &[Split],
@@ -236,7 +298,7 @@ fn evaluate(
     processes: &Processes,
 ) -> monteclora::Result<Scores> {
     let mut scores = Scores::default();
-    for split in dev {
+    for split in choosing(dev) {
         let communicator = processes.communicator();
         let predictions = Predictions::in_turns(classifier, &split.rows, &split.batches, 0, communicator)?;
         // With the larger set of metrics, since --metric may name any of them.

@@ -184,8 +184,7 @@ impl Context {
     /// Returns the context for one forward pass of a model, in which layers share what they compute together.
     /// Within such a pass, returns the context unchanged. A model calls this at the start of its forward pass
     /// and uses the result for that pass only, so that nothing computed from old parameter values is kept.
-    #[cfg_attr(not(feature = "models"), allow(dead_code))]
-    pub(crate) fn of_one_pass(&self) -> Cow<'_, Self> {
+    pub fn of_one_pass(&self) -> Cow<'_, Self> {
         match self.pass_cache {
             Some(_) => Cow::Borrowed(self),
             None => Cow::Owned(Self { pass_cache: Some(PassCache::default()), ..self.clone() }),

@@ -148,7 +148,7 @@ fn only_tests(predicate: &[Token]) -> bool {
         parts.push(&inner[start..]);
     }
     match first.text {
-        "test" => predicate.len() == 1,
+        "test" | "doctest" => predicate.len() == 1,
         "all" => parts.into_iter().any(only_tests),
         "any" => parts.into_iter().all(only_tests),
         _ => false,

@@ -1,6 +1,8 @@
 //! Tests of whole models, adapters and files against independent implementations. They are one binary, since
 //! each binary links all of candle.
 
+#[cfg(unix)]
+mod answers;
 mod averages;
 mod between_steps;
 mod candle_transformers;
@@ -23,6 +25,7 @@ mod finetune;
 mod gguf;
 mod gguf_settings;
 mod gradients;
+mod held_out;
 mod inject;
 #[cfg(unix)]
 mod kill;

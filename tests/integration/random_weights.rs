@@ -10,7 +10,7 @@ use monteclora::Noise;
 use crate::support::decoders::{toy_config, toy_json};
 use crate::support::Outcome;
 
-#[path = "../../examples/common/random_weights.rs"]
+#[path = "../../examples/throughput/random_weights.rs"]
 mod made;
 
 #[test]

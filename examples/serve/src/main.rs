@@ -25,7 +25,9 @@ use monteclora::bayes::TrainedClassifier;
 use monteclora::data::task::Example;
 use monteclora::metrics::entropy;
 use monteclora::models::hub::ModelFiles;
+use monteclora::models::Quantization;
 use monteclora::predict::Prediction;
+use monteclora::train::RunFolder;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
@@ -39,9 +41,12 @@ struct Args {
     /// The base model of the adapter. Default: the one that the adapter names.
     #[arg(long)]
     model: Option<String>,
-    /// The maximum number of tokens in a text; longer texts are cut. Default: the model's.
+    /// The maximum number of tokens in a text; longer texts are cut. Default: that of the run, or else the model's.
     #[arg(long)]
     max_length: Option<usize>,
+    /// Quantise the base --model as for the training of the adapter: q8_0, q4k, ..
+    #[arg(long)]
+    quantize: Option<Quantization>,
     /// Answer without draws in the linearised model, with the posterior of a run with this option.
     #[arg(long)]
     linearised: bool,
@@ -101,6 +106,12 @@ struct Answer {
 
 type Failure = (StatusCode, String);
 
+/// How the run read its rows.
+#[derive(Deserialize)]
+struct Input {
+    max_length: usize,
+}
+
 /// The state that all requests share.
 struct Shared {
     model: TrainedClassifier,
@@ -125,10 +136,16 @@ fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
         return Err("--threads: expected at least 1, got 0".into());
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    if args.quantize.is_some() && args.model.is_none() {
+        return Err("--quantize: give the --model that it quantises".into());
+    }
     let base = args.model.map(|model| ModelFiles::locate(&model, None)).transpose()?;
+    let base = base.map(|files| files.quantized(args.quantize));
     let (base, linearised) = (base.as_ref(), args.linearised);
     let mut model = TrainedClassifier::open(&args.folder, base, linearised, DType::F32, &Device::Cpu)?;
-    if let Some(max_length) = args.max_length {
+    let of_run = RunFolder::find_input::<Input>(&args.folder)?.map(|(_, input)| input.max_length);
+    let of_run = of_run.map(|length| length.min(model.classifier().config().longest()));
+    if let Some(max_length) = args.max_length.or(of_run) {
         model.classifier_mut().set_max_length(max_length)?;
     }
     let shared = Arc::new(Shared {

@@ -11,7 +11,10 @@
 
 #![deny(clippy::print_stdout, clippy::print_stderr)] // use `tell!`: a closed pipe must not panic
 
+#[path = "../common/mod.rs"]
 mod common;
+mod contender;
+mod random_weights;
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -19,16 +22,16 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
-use common::contender::{Contender, Geometry};
 use common::output::tell;
 use common::processes::{self, Processes};
-use common::random_weights::base;
 use common::Outcome;
+use contender::{Contender, Geometry};
 use monteclora::metrics::median;
 use monteclora::models::Quantization;
 use monteclora::train::peak_rss_bytes;
 use monteclora::util::files;
 use monteclora::Error;
+use random_weights::base;
 use serde_json::{json, Value};
 
 /// The cost of one training step, method by method, on random weights of a model's geometry. The methods

@@ -4,14 +4,14 @@ use monteclora::models::generate::{GenerateConfig, PosteriorWeights, Sampling};
 use monteclora::models::hub::ModelFiles;
 use serde_json::Value;
 
-use super::output::tell_err;
-use super::Outcome;
+use crate::common::output::tell_err;
+use crate::common::Outcome;
 
 // Not a doc comment, which clap would take for the program's description.
 #[derive(clap::Args, Clone)]
 #[command(next_help_heading = "Generation")]
 pub struct GenerationOptions {
-    /// The maximum number of generated tokens. Default: 64 for the sample, 256 for the task (512 for
+    /// The maximum number of generated tokens. Default: 64 for the sample, 256 for answers and the task (512 for
     /// programs).
     #[arg(long)]
     pub max_new_tokens: Option<usize>,
@@ -27,6 +27,9 @@ pub struct GenerationOptions {
     /// Penalty on tokens that are already in the text; above 1 makes them less likely.
     #[arg(long, default_value_t = 1.0)]
     pub repetition_penalty: f64,
+    /// A text before which a sample or an answer ends, besides the model's end tokens. May be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
 }
 
 impl GenerationOptions {
@@ -52,6 +55,11 @@ impl GenerationOptions {
             (self.max_new_tokens.unwrap_or(most), self.repetition_penalty);
         let defaults = GenerateConfig::default();
         Ok(GenerateConfig { max_new_tokens, sampling, repetition_penalty, seed, stop, weights, ..defaults })
+    }
+
+    /// The texts before which a text ends.
+    pub fn stops(&self) -> Vec<&str> {
+        self.stop.iter().map(String::as_str).collect()
     }
 
     /// Reports if the model's `generation_config.json` has another repetition penalty than the one in use,

@@ -6,16 +6,16 @@ use monteclora::data::chat::{self, ChatTemplate};
 use monteclora::data::instruct::{self, Format, Prompted};
 use monteclora::models::hub::ModelFiles;
 
-use super::given::Given;
-use super::output::tell_err;
-use super::Outcome;
+use crate::common::given::Given;
+use crate::common::output::tell_err;
+use crate::common::Outcome;
 
 // Not a doc comment, which clap would take for the program's description.
 #[derive(clap::Args, Clone)]
 #[command(next_help_heading = "Model and data")]
 pub struct FormatOptions {
     /// The format of the rows: instruct, completion, gsm8k, text, code, or chat (conversations in `messages`,
-    /// of which the assistant's turns are learnt).
+    /// of which the assistant's turns are learnt). With --adapter, by default that of its run.
     #[arg(long, default_value = "gsm8k")]
     pub format: String,
     /// With --format chat: the Jinja template of conversations. Default: the model's own.
@@ -70,6 +70,14 @@ impl RowFormat {
         }
     }
 
+    /// The text of the chat template.
+    pub fn template_text(&self) -> Option<&str> {
+        match self {
+            Self::Plain(_) => None,
+            Self::Chat(template) => Some(template.text()),
+        }
+    }
+
     /// Reads the rows of a file.
     pub fn read(&self, path: &Path) -> Outcome<Vec<Prompted>> {
         Ok(self.numbered(path)?.into_iter().map(|(_, row)| row).collect())
@@ -103,6 +111,14 @@ impl RowFormat {
             tell_err!("{}: {} conversations {what}: {why}", path.display(), read.split);
         }
         Ok(read.conversations.into_iter().zip(read.rows).collect())
+    }
+
+    /// Reads the prompts of a file, whose rows need no answers.
+    pub fn read_prompts(&self, path: &Path) -> Outcome<Vec<String>> {
+        Ok(match self {
+            Self::Plain(format) => instruct::read_prompts(path, *format)?,
+            Self::Chat(template) => chat::read_prompts(path, template)?,
+        })
     }
 
     /// The text that a model continues for a prompt.

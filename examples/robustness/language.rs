@@ -14,10 +14,10 @@ use monteclora::study::{EvaluatedTask, LanguageTrial};
 use monteclora::{train, Noise};
 use serde_json::{json, Value};
 
-use super::options::text_length;
-use super::output::tell;
-use super::tasks::BenchmarkOptions;
-use super::{asset, dtype, tokenizer, Outcome};
+use crate::common::options::text_length;
+use crate::common::output::tell;
+use crate::common::tasks::BenchmarkOptions;
+use crate::common::{asset, dtype, tokenizer, Outcome};
 
 /// The bundled task.
 pub const BUNDLED: &str = "gsm8k";

@@ -17,19 +17,21 @@
 
 #![deny(clippy::print_stdout, clippy::print_stderr)] // use `tell!`: a closed pipe must not panic
 
+#[path = "../common/mod.rs"]
 mod common;
+mod language;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use common::given::Given;
-use common::language::{LanguageData, LanguageOptions, Limits, BUNDLED};
 use common::options::text_length;
 use common::output::{tell, tell_err};
 use common::processes::{self, Processes};
 use common::tasks::BenchmarkOptions;
 use common::Outcome;
+use language::{LanguageData, LanguageOptions, Limits, BUNDLED};
 use monteclora::data::encode::{Encoded, TextEncoder};
 use monteclora::data::split::{self, Subset};
 use monteclora::data::task::{Splits, Task};

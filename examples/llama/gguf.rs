@@ -9,8 +9,8 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::{check_merged_gguf, save_merged_gguf};
 use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
 
-use super::output::tell;
-use super::Outcome;
+use crate::common::output::tell;
+use crate::common::Outcome;
 
 #[derive(clap::Args, Clone)]
 #[command(next_help_heading = "Output")]

@@ -21,7 +21,7 @@ use monteclora::{Error, MonteCLoRAConfig, Regularizer, Tape};
 use serde_json::Value;
 
 use super::random_weights::random_weights;
-use super::Outcome;
+use crate::common::Outcome;
 
 // Sizes of a step. Not a doc comment, which clap would take for the program's description.
 #[derive(clap::Args, Clone)]
