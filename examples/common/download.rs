@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use monteclora::data::task::{Splits, Task};
 use monteclora::models::hub::{self, ModelFiles};
+use monteclora::models::Quantization;
 
-use super::Outcome;
+use super::{asset, Outcome};
 
 /// The files of a model, from a folder or a revision of a hub repository.
 pub fn model_files(model: &str, revision: Option<&str>) -> Outcome<ModelFiles> {
@@ -16,6 +17,29 @@ pub fn model_files(model: &str, revision: Option<&str>) -> Outcome<ModelFiles> {
     #[cfg(not(feature = "hub"))]
     {
         Ok(ModelFiles::locate(model, revision)?)
+    }
+}
+
+/// The base that a prediction is given, quantised as it was for the training.
+pub fn given_base(
+    model: Option<&str>,
+    revision: Option<&str>,
+    quantize: Option<Quantization>,
+) -> Outcome<Option<ModelFiles>> {
+    match (model, quantize) {
+        (Some(model), _) => Ok(Some(model_files(model, revision)?.quantized(quantize))),
+        (None, Some(_)) => Err("--quantize: give the --model that it quantises".into()),
+        (None, None) => Ok(None),
+    }
+}
+
+/// The rows of a task: from the folder `data`, of the bundled model from the bundled excerpt if there is one, else
+/// from the hub.
+pub fn task_rows(task: Task, data: Option<&Path>, is_bundled: bool) -> Outcome<Splits> {
+    match data {
+        Some(dir) => Ok(task.load_folder(dir)?),
+        None if is_bundled && task == Task::Sst2 => Ok(task.load_folder(Path::new(&asset("sst2")?))?),
+        None => hub_splits(task),
     }
 }
 
@@ -34,7 +58,7 @@ pub fn adapter(id_or_dir: &Path) -> Outcome<PathBuf> {
 
 /// Downloads a task's rows from the hub.
 #[cfg(all(feature = "hub", feature = "parquet"))]
-pub fn hub_splits(task: Task) -> Outcome<Splits> {
+fn hub_splits(task: Task) -> Outcome<Splits> {
     use monteclora::data::parquet::load_parquet;
     use monteclora::models::hub::{repo_file_with, RepoKind};
 
@@ -49,7 +73,7 @@ pub fn hub_splits(task: Task) -> Outcome<Splits> {
 
 /// Without the features `hub` and `parquet`, data must come from a folder.
 #[cfg(not(all(feature = "hub", feature = "parquet")))]
-pub fn hub_splits(task: Task) -> Outcome<Splits> {
+fn hub_splits(task: Task) -> Outcome<Splits> {
     Err(format!("{}: give --data DIR, or build with the features hub and parquet", task.name()).into())
 }
 

@@ -266,6 +266,15 @@ pub fn check_apart(option: &str, source: &Path, target: &Path) -> Outcome {
     }
 }
 
+/// Whether an existing model (`there`) is kept, as when a finished run is started again. A model is written
+/// completely or not at all, and it may belong to somebody else, so it is never overwritten.
+pub fn stays(path: &Path, there: bool) -> bool {
+    if there {
+        tell!("{}: it exists already and is kept", path.display());
+    }
+    there
+}
+
 /// Limits `--max-length` on a model of `longest` positions to the room that virtual tokens leave for the
 /// text, with a message. A value above `longest` is returned unchanged, and the encoder refuses it.
 pub fn text_length(max_length: usize, longest: usize, virtual_tokens: usize) -> usize {

@@ -17,6 +17,7 @@ mod common;
 mod predict;
 mod rows;
 mod run;
+mod temperature;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -102,6 +103,9 @@ struct Args {
     /// Quantise the frozen base: bf16, f16, q8_0, q6k, q5k, q4k, q3k, q2k, q5_1, q5_0, q4_1 or q4_0.
     #[arg(long, help_heading = "Model and data")]
     quantize: Option<Quantization>,
+    /// Also write the whole model with the adapter merged in, to `OUT/model`.
+    #[arg(long, requires = "output", help_heading = "Evaluation and output")]
+    merged: bool,
     /// The folder for metrics.json, predictions.jsonl, log.jsonl and adapter/ (with full, model/). With
     /// several methods, each has a subfolder.
     #[arg(long, help_heading = "Evaluation and output")]
@@ -205,13 +209,7 @@ fn load_data(args: &Args, task: Task, base: &Base) -> Outcome<(Goal, Splits)> {
         counts.iter().for_each(|line| tell_err!("{line}"));
         return Ok((goal, data));
     }
-    let data = match &args.data {
-        Some(dir) => task.load_folder(dir)?,
-        None if base.is_bundled && task == Task::Sst2 => {
-            task.load_folder(Path::new(&common::asset("sst2")?))?
-        }
-        None => common::download::hub_splits(task)?,
-    };
+    let data = common::download::task_rows(task, args.data.as_deref(), base.is_bundled)?;
     Ok((Goal::of_task(task, &args.tables)?, data))
 }
 

@@ -46,11 +46,7 @@ pub struct Request<'a> {
 impl Request<'_> {
     /// Opens the classifier, predicts the rows and writes the predictions.
     pub fn run(&self) -> Outcome {
-        if self.quantize.is_some() && self.model.is_none() {
-            return Err("--quantize: give the --model that it quantises".into());
-        }
-        let base = self.model.map(|model| download::model_files(model, self.revision)).transpose()?;
-        let base = base.map(|files| files.quantized(self.quantize));
+        let base = download::given_base(self.model, self.revision, self.quantize)?;
         let mut opened = self.open(base.as_ref())?;
         let classifier = opened.classifier_mut();
         let input =

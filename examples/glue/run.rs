@@ -1,29 +1,29 @@
 //! One method's run: load, train, save, measure.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 use indicatif::ProgressBar;
-use monteclora::bayes::{LinearisedClassifier, Temperature, TEMPERATURE_BOUNDS};
+use monteclora::bayes::{LinearisedClassifier, Temperature};
 use monteclora::data::batch::{Batch, Batcher};
 use monteclora::data::encode::{Encoded, TextEncoder};
-use monteclora::data::split::{at, hold_out, strata, stratified, Subset};
-use monteclora::data::task::{Label, Splits};
+use monteclora::data::split::{at, strata, stratified, Subset};
+use monteclora::data::task::Splits;
 use monteclora::models::hub::ModelFiles;
+use monteclora::models::save::check_merged;
 use monteclora::models::sequence::SequenceConfig;
-use monteclora::predict::logits;
 use monteclora::train::{
     self, Classification, Classifier, Evaluation, Method, MethodInit, MethodName, Predictions, RunFolder,
     Summary,
 };
 use monteclora::util::files;
-use monteclora::{Noise, Pass};
+use monteclora::Noise;
 use serde_json::{json, Value};
 
 use super::rows::{tell_cut, Goal, Input, TEST};
-use super::Args;
+use super::{temperature, Args};
 use crate::common::log::{draw_curves, Log};
-use crate::common::options::{check_apart, Base};
+use crate::common::options::{check_apart, stays, Base};
 use crate::common::output::tell_err;
 use crate::common::processes::Processes;
 use crate::common::watch::{self, say, Scores, Watch};
@@ -71,26 +71,35 @@ impl Run<'_> {
         // Held until everything is written, not only during training.
         let _lock = self.writes.map(files::lock).transpose()?;
         common::reset_peak_memory();
-        let files = common::download::model_files(&self.base.model, self.base.revision.as_deref())?;
-        let files = files.quantized(self.args.quantize);
-        let config = SequenceConfig::from_files(&files, self.goal.labels.len())?;
-        let mut rows = self.encode(data, &files, &config)?;
+        let model_files = common::download::model_files(&self.base.model, self.base.revision.as_deref())?;
+        let model_files = model_files.quantized(self.args.quantize);
+        let config = SequenceConfig::from_files(&model_files, self.goal.labels.len())?;
+        let mut rows = self.encode(data, &model_files, &config)?;
         let saves = self.args.train.writes(&self.start, self.out)?;
         if let (Method::Full, Some(out)) = (self.start.method(), self.out) {
             check_apart("--model", Path::new(&self.base.model), &RunFolder::new(out).model())?;
         }
-        let classifier = self.load(&files, &config)?;
+        let classifier = self.load(&model_files, &config)?;
+        let merged = self.writes.filter(|_| saves && self.args.merged && self.start.method() != Method::Full);
+        let merged = merged.map(|dir| RunFolder::new(dir).model());
+        let is_there = |dir: &Path| self.args.train.resume && files::has_entries(dir);
+        if let Some(dir) = merged.as_deref().filter(|dir| !is_there(dir)) {
+            check_merged(classifier.model.as_ref(), &classifier.params, &model_files, dir)?;
+        }
         for split in &mut rows.dev {
             split.batches = train::batches(&classifier, &split.rows, classifier.eval_batch_size())?;
         }
         let summary = match self.args.train.epochs {
             0 => Summary::default(), // evaluation only
-            _ => self.train(&classifier, &rows)?,
+            _ => self.train(&classifier, &rows, merged.iter().cloned().collect())?,
         };
         let temperature =
-            (!rows.held_out.is_empty()).then(|| temper(&classifier, &rows.held_out)).transpose()?;
+            (!rows.held_out.is_empty()).then(|| temperature::fit(&classifier, &rows.held_out)).transpose()?;
         if let Some(dir) = self.writes.filter(|_| saves) {
             self.save(&classifier, rows.length, dir)?;
+        }
+        if let Some(dir) = merged.as_deref().filter(|dir| !stays(dir, is_there(dir))) {
+            classifier.save_merged(dir)?;
         }
         self.measure(classifier, &rows, &summary, temperature, saves)
     }
@@ -103,13 +112,7 @@ impl Run<'_> {
         tell_cut("training", &train, length);
         let tempers = self.goal.labels.len() > 1 && self.args.train.epochs > 0;
         let share = self.args.temperature_share.filter(|_| tempers).unwrap_or(0.0);
-        let labelled: Vec<usize> =
-            (0..train.len()).filter(|row| train[*row].label != Label::Unknown).collect();
-        let (_, held) = hold_out(&at(&strata(&train), &labelled), share, Noise::new(self.args.train.seed))
-            .map_err(|why| format!("--temperature-share: {why}"))?;
-        let held = at(&labelled, &held);
-        let stay: Vec<usize> = (0..train.len()).filter(|row| held.binary_search(row).is_err()).collect();
-        let (train, held_out) = (at(&train, &stay), at(&train, &held));
+        let (train, held_out) = temperature::split(&train, share, Noise::new(self.args.train.seed))?;
         let mut dev = Vec::new();
         for (name, examples) in &data.dev {
             let rows = encoder.encode(examples)?;
@@ -142,7 +145,8 @@ impl Run<'_> {
         Ok(classifier)
     }
 
-    fn train(&self, classifier: &Classifier, rows: &Rows) -> Outcome<Summary> {
+    /// Trains; `at_end` is written afterwards.
+    fn train(&self, classifier: &Classifier, rows: &Rows, at_end: Vec<PathBuf>) -> Outcome<Summary> {
         let Self { args, goal, processes, .. } = self;
         let batcher = Batcher::new(args.batch_size, args.train.length_grouped, Noise::new(args.train.seed))?;
         let objective = Classification::new(classifier, &rows.train, batcher);
@@ -154,7 +158,7 @@ impl Run<'_> {
             |bar: &ProgressBar, step| evaluate(classifier, &rows.dev, &goal.metric, bar, step, processes);
         let keep = || self.writes.map_or(Ok(()), |dir| self.save(classifier, rows.length, dir));
         let is_alone = processes.world() == 1;
-        let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep, is_alone, at_end: Vec::new() };
+        let mut watch = Watch { bar, log, evaluate: &evaluate, keep: &keep, is_alone, at_end };
         let held_out = choosing(&rows.dev).flat_map(|split| &split.rows).flat_map(Encoded::numbers);
         let mut checkpoints = self.out.map(|dir| args.train.checkpoints(dir, &self.base.model, held_out));
         // Only if given: the default metric follows from settings that are compared already.
@@ -250,28 +254,6 @@ impl Run<'_> {
         }
         Ok(metrics)
     }
-}
-
-/// Fits a temperature on held-out rows, and divides the head by it.
-fn temper(classifier: &Classifier, held_out: &[Encoded]) -> Outcome<Temperature> {
-    let labelled = held_out.iter().filter_map(|row| match row.label {
-        Label::Class(class) => Some((row.clone(), class)),
-        _ => None,
-    });
-    let (rows, labels): (Vec<Encoded>, Vec<u32>) = labelled.unzip();
-    let batches = train::batches(classifier, &rows, classifier.eval_batch_size())?;
-    let fitted = Temperature::fit(&logits(classifier, &batches, &Pass::Mean.into())?, &labels)?;
-    if fitted.value() == TEMPERATURE_BOUNDS.0 {
-        // The likelihood of rows that are all right has no maximum: it would make the model certain.
-        tell_err!(
-            "--temperature-share: the {} held-out rows are all right: the head stays as it is",
-            rows.len()
-        );
-        return Ok(Temperature::new(1.0)?);
-    }
-    fitted.scale_head(&classifier.params)?;
-    tell_err!("temperature {:.3}, from {} rows that were not trained on", fitted.value(), rows.len());
-    Ok(fitted)
 }
 
 /// The metrics of the benchmark or, for own data, of the larger set.

@@ -49,7 +49,6 @@ pub fn answer(args: &Args, rows: &Path, given: &Given, devices: &[Device]) -> Ou
     let all: Vec<&str> = prompts.iter().map(String::as_str).collect();
     let (mut answered, mut out) = (all.iter(), None);
     generator.each_batch(&all, &args.generation.stops(), &mut |texts| {
-        interrupt::check(0)?;
         // Not before there is something to write: earlier answers stay until then.
         if let (None, Some(dir)) = (&out, &args.output) {
             out = Some(create(dir, rows)?);
@@ -61,7 +60,7 @@ pub fn answer(args: &Args, rows: &Path, given: &Given, devices: &[Device]) -> Ou
                 None => output::result(&line.to_string())?,
             }
         }
-        Ok(())
+        interrupt::check(0)
     })?;
     if let Some((path, _)) = out {
         tell_err!("{}: {} rows", path.display(), prompts.len());
@@ -71,12 +70,8 @@ pub fn answer(args: &Args, rows: &Path, given: &Given, devices: &[Device]) -> Ou
 
 /// Opens what was trained, or a checkpoint as it is.
 fn open(args: &Args, devices: &[Device]) -> Outcome<LanguageModel> {
-    if args.quantize.is_some() && args.model.is_none() {
-        return Err("--quantize: give the --model that it quantises".into());
-    }
-    let (dtype, revision) = (common::dtype(&args.dtype)?, args.revision.as_deref());
-    let base = args.model.as_deref().map(|model| download::model_files(model, revision)).transpose()?;
-    let base = base.map(|files| files.quantized(args.quantize));
+    let dtype = common::dtype(&args.dtype)?;
+    let base = download::given_base(args.model.as_deref(), args.revision.as_deref(), args.quantize)?;
     Ok(match (&args.method.adapter, &base) {
         (Some(dir), base) => LanguageModel::open(dir, base.as_ref(), dtype, devices)?,
         (None, Some(files)) => LanguageModel::of_checkpoint(files, dtype, devices)?,

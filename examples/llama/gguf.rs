@@ -9,7 +9,7 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::{check_merged_gguf, save_merged_gguf};
 use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod};
 
-use crate::common::output::tell;
+use crate::common::options::stays;
 use crate::common::Outcome;
 
 #[derive(clap::Args, Clone)]
@@ -41,15 +41,6 @@ impl Trained<'_> {
         let metadata = AdapterMetadata::default();
         Ok(AdapterFile::from_model(self.model, DEFAULT_ADAPTER, self.params, adapter, &metadata)?)
     }
-}
-
-/// Whether an existing model (`there`) is kept, as when a finished run is started again. A model is written
-/// completely or not at all, and it may belong to somebody else, so it is never overwritten.
-pub fn stays(path: &Path, there: bool) -> bool {
-    if there {
-        tell!("{}: it exists already and is kept", path.display());
-    }
-    there
 }
 
 impl GgufOptions {

@@ -19,11 +19,11 @@ use monteclora::util::files;
 use monteclora::{Noise, Params};
 use serde_json::{json, Value};
 
-use super::gguf::{stays, Trained};
+use super::gguf::Trained;
 use super::rows::{Data, Input};
 use super::Args;
 use crate::common::log::{draw_curves, Log};
-use crate::common::options::{check_apart, Base};
+use crate::common::options::{check_apart, stays, Base};
 use crate::common::output::{tell, tell_err};
 use crate::common::processes::Processes;
 use crate::common::watch::{self, say, Scores, Watch};

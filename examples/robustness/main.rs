@@ -425,10 +425,6 @@ impl Data<'_> {
     }
 
     fn splits(&self, task: Task) -> Outcome<Splits> {
-        match (&self.args.data, &self.args.model) {
-            (Some(dir), _) => Ok(task.load_folder(dir)?),
-            (None, None) if task == Task::Sst2 => Ok(task.load_folder(Path::new(&common::asset("sst2")?))?),
-            (None, _) => common::download::hub_splits(task),
-        }
+        common::download::task_rows(task, self.args.data.as_deref(), self.args.model.is_none())
     }
 }

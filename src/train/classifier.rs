@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::inject;
 use crate::labels::Labels;
 use crate::models::hub::ModelFiles;
-use crate::models::save::{copy_companions, TensorPrefixes};
+use crate::models::save::{self, copy_companions, TensorPrefixes};
 use crate::models::sequence::{SequenceClassifier, SequenceConfig};
 use crate::noise::Noise;
 use crate::ops;
@@ -214,6 +214,17 @@ impl Classifier {
             }
             None => run.save_parameters(&self.params),
         }
+    }
+
+    /// Writes the whole model with the mean of its adapter merged in, its head and the names of the classes, to the
+    /// folder `dir` as transformers reads it ([`save::save_merged`]).
+    ///
+    /// # Errors
+    /// As [`save::save_merged`].
+    pub fn save_merged(&self, dir: &Path) -> Result<()> {
+        let config = self.config.clone().with_labels(self.labels.clone())?.to_json();
+        let (model, params) = (self.model.as_ref(), &self.params);
+        save::save_merged(model, params, &self.files, Some(&config), dir, save::MAX_SHARD_BYTES)
     }
 
     /// Returns the adapter with the head. If the checkpoint names the same classes in another order, the rows

@@ -59,8 +59,7 @@ fn home() -> Outcome<tempfile::TempDir> {
 fn a_run_answers_prompts_as_the_library_does_in_the_form_that_it_was_trained_in() -> Outcome {
     let (program, home) = (example("llama")?, home()?);
     let run = |options: &[&str]| llama(&program, home.path(), options);
-    let train =
-        "--data rows.jsonl --format completion --method monteclora --rank 4 --lr 2e-2 \
+    let train = "--data rows.jsonl --format completion --method monteclora --rank 4 --lr 2e-2 \
                  --epochs 8 --max-new-tokens 4 --output out";
     run(&train.split_whitespace().collect::<Vec<_>>())??;
     let predict = ["--predict", "asked.jsonl", "--adapter", "out", "--max-new-tokens", "8"];

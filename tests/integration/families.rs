@@ -9,7 +9,6 @@ use monteclora::adapter::{Context, Params, Pass, Role};
 use monteclora::adapters::{prompt_tuning, LoraConfig, PromptConfig};
 use monteclora::inject::{self, Targets};
 use monteclora::models::hub::ModelFiles;
-use monteclora::models::save::{save_merged, MAX_SHARD_BYTES};
 use monteclora::models::sequence::{SequenceClassifier, SequenceConfig};
 use monteclora::noise::Noise;
 use monteclora::ops::{self, OpPath};
@@ -302,9 +301,7 @@ fn a_new_head_is_trained_whole_and_what_is_saved_computes_the_same() -> Outcome 
 
         let logits = golden.logits(classifier.model.as_ref(), &Pass::Mean.into())?;
         let merged = dir.path().join("merged");
-        let json = classifier.config().to_json();
-        let model = classifier.model.as_ref();
-        save_merged(model, &classifier.params, &files, Some(&json), &merged, MAX_SHARD_BYTES)?;
+        classifier.save_merged(&merged)?;
         let opened = Classifier::open(&merged, None, DType::F32, &Device::Cpu)?;
         let again = golden.logits(opened.model.as_ref(), &Pass::Mean.into())?;
         assert_close(&again, &logits, 1e-5).map_err(|error| format!("{family}: {error}"))?;
