@@ -12,7 +12,7 @@ use monteclora::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use monteclora::models::generate::PosteriorWeights;
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::{check_merged, save_merged, MAX_SHARD_BYTES};
-use monteclora::peft::{self, AdapterFile, AdapterMetadata, ExportFormat, Task};
+use monteclora::peft::{self, AdapterFile, AdapterMetadata, ExportFormat, TaskType};
 use monteclora::train::distributed::Communicator;
 use monteclora::train::{self, held_out_loss_in_turns, CausalTuning, MethodName, RunFolder, Summary};
 use monteclora::util::files;
@@ -168,13 +168,13 @@ impl Setup {
         adapter: &peft::AdapterMethod,
         dir: &Path,
     ) -> monteclora::Result<()> {
-        let (base_model, task) = (Some(self.base.model.clone()), Some(Task::CausalLm));
+        let (base_model, task) = (Some(self.base.model.clone()), Some(TaskType::CausalLm));
         let revision = self.files.revision().map(str::to_string);
         let metadata = AdapterMetadata { base_model, revision, task, labels: None };
         let format = if self.args.serving {
             ExportFormat::Serving { fold_rslora: self.args.fold_rslora }
         } else {
-            ExportFormat::PeftMonteCLoRA
+            ExportFormat::Peft
         };
         let file = AdapterFile::from_model(model, DEFAULT_ADAPTER, params, adapter, &metadata)?;
         RunFolder::new(dir).save_adapter(&file, format)

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 pub enum ExportFormat {
     /// PEFT from version 0.20 on, with everything needed to continue training.
     #[default]
-    PeftMonteCLoRA,
+    Peft,
     /// Inference servers and any version of PEFT: only A and B of the mean. All layers have the same rank
     /// (smaller ones are padded with zeros) and the same scale (B is multiplied by the ratio), because vLLM
     /// reads no patterns and llama.cpp divides by the rank of the tensors.
@@ -35,7 +35,7 @@ impl AdapterFile {
     /// and without the head the adapter solves another task.
     pub fn exported(&self, format: ExportFormat) -> Result<Self> {
         match format {
-            ExportFormat::PeftMonteCLoRA => Ok(self.clone()),
+            ExportFormat::Peft => Ok(self.clone()),
             ExportFormat::Serving { fold_rslora } => self.serving(fold_rslora),
         }
     }

@@ -14,14 +14,14 @@ mod model;
 mod own;
 mod renamed;
 mod targets;
-mod task;
+mod task_type;
 
 pub use adapter::{AdapterFile, LayerTensors, SamplerTensors, CONFIG_FILE, OWN_FILE, WEIGHTS_FILE};
 pub use config::{MonteCLoRAFields, OneOrMany, PeftConfig, TargetModules};
 pub use export::ExportFormat;
 pub use method::AdapterMethod;
 pub use model::AdapterMetadata;
-pub use task::Task;
+pub use task_type::TaskType;
 
 #[cfg(test)]
 mod model_tests;

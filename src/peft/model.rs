@@ -10,7 +10,7 @@ use super::config::TargetModules;
 use super::keys::{self, TensorKind};
 use super::method::AdapterMethod;
 use super::renamed;
-use super::task::Task;
+use super::task_type::TaskType;
 use crate::adapter::{AdaptableLinear, AdaptableModel, Adapter, LowRank, Params, Role};
 use crate::adapters::{Lora, LoraConfig};
 use crate::error::{Error, Result};
@@ -27,7 +27,7 @@ pub struct AdapterMetadata {
     /// The base model's revision.
     pub revision: Option<String>,
     /// The task.
-    pub task: Option<Task>,
+    pub task: Option<TaskType>,
     /// The class names of a task head, in the order of its rows.
     pub labels: Option<Labels>,
 }
@@ -333,7 +333,7 @@ impl AdapterFile {
         }
         // If a head is only partly in the file, the rest would keep its random initial values. What PEFT does
         // not save, such as DeBERTa's pooler, comes from the base model.
-        let is_classifier = self.config.task() == Some(Task::SequenceClassification);
+        let is_classifier = self.config.task() == Some(TaskType::SequenceClassification);
         let whole_head = self.saved_modules.is_empty() && is_classifier;
         let heads = params.of_role(Role::Head).into_iter();
         let heads: Vec<String> = heads.map(|(name, _)| name).collect();
@@ -436,13 +436,13 @@ fn single(tensor: &Tensor) -> Result<Tensor> {
 }
 
 /// The modules of the head's parameters. For a classifier, both names that PEFT lists are included.
-fn modules<'a>(heads: impl Iterator<Item = &'a String>, task: Option<Task>) -> Option<Vec<String>> {
+fn modules<'a>(heads: impl Iterator<Item = &'a String>, task: Option<TaskType>) -> Option<Vec<String>> {
     let mut names: BTreeSet<String> =
         heads.map(|name| name.split('.').next().unwrap_or(name).to_string()).collect();
     if names.is_empty() {
         return None;
     }
-    if task == Some(Task::SequenceClassification) {
+    if task == Some(TaskType::SequenceClassification) {
         names.extend(["classifier".to_string(), "score".to_string()]);
     }
     Some(names.into_iter().collect())

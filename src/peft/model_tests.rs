@@ -85,7 +85,7 @@ fn file(toy: &Toy, config: &MonteCLoRAConfig) -> Result<AdapterFile> {
     let metadata = AdapterMetadata {
         base_model: Some("owner/tiny".into()),
         revision: None,
-        task: Some(Task::SequenceClassification),
+        task: Some(TaskType::SequenceClassification),
         labels: None,
     };
     AdapterFile::from_model(
@@ -112,7 +112,7 @@ fn a_model_saved_and_loaded_gives_the_same_outputs_and_the_same_draws() -> Resul
         let config = MonteCLoRAConfig { use_rslora, prior, evidence, relative_scaler, ..paper() };
         let toy = Toy::adapted([3, 2, 3], &config)?;
         let dir = tempfile::tempdir().unwrap();
-        file(&toy, &config)?.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
+        file(&toy, &config)?.write(dir.path(), ExportFormat::Peft)?;
         let read = AdapterFile::read(dir.path())?;
         // Fields that older files do not have are written only if they are used.
         let text = std::fs::read_to_string(dir.path().join(OWN_FILE)).unwrap();
@@ -142,7 +142,7 @@ fn layers_of_several_alphas_are_written_with_theirs() -> Result<()> {
         toy.layers[1].add("default", Box::new(adapter))?;
         let toy = toy.with(&[], &config)?;
         let dir = tempfile::tempdir().unwrap();
-        file(&toy, &config)?.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
+        file(&toy, &config)?.write(dir.path(), ExportFormat::Peft)?;
         let read = AdapterFile::read(dir.path())?;
         let [(path, alpha)] = &read.config.alpha_pattern[..] else { panic!("{:?}", read.config) };
         assert!(path == PATHS[1] && (alpha - 11.0).abs() < 1e-12, "{path} {alpha}");
@@ -229,7 +229,7 @@ fn an_adapter_of_peft_s_own_keeps_the_law_it_was_trained_under() -> Result<()> {
     let config = MonteCLoRAConfig { rank: 3, alpha: 7.0, buffer_size: 9, ..MonteCLoRAConfig::peft() };
     let toy = Toy::adapted([3, 3, 0], &config)?;
     let dir = tempfile::tempdir().unwrap();
-    file(&toy, &config)?.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
+    file(&toy, &config)?.write(dir.path(), ExportFormat::Peft)?;
     std::fs::remove_file(dir.path().join(OWN_FILE)).unwrap();
     let mut read = AdapterFile::read(dir.path())?;
     assert_eq!(read.method(), AdapterMethod::MonteCLoRA(config));
@@ -260,7 +260,7 @@ fn our_own_file_goes_with_the_adapter_that_it_belongs_to() -> Result<()> {
     let toy = Toy::adapted([3, 3, 0], &paper())?;
     let dir = tempfile::tempdir().unwrap();
     let mut file = file(&toy, &paper())?;
-    file.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
+    file.write(dir.path(), ExportFormat::Peft)?;
     std::fs::write(dir.path().join(OWN_FILE), "{").unwrap();
     let message = AdapterFile::read(dir.path()).unwrap_err().to_string();
     assert!(message.contains(OWN_FILE) && message.contains("malformed"), "{message}");
@@ -285,7 +285,7 @@ fn lora_comes_and_goes_the_same_way() -> Result<()> {
     let with_prior = AdapterMethod::Lora(LoraConfig { prior: Some(Prior::map()), ..config });
     let dir = tempfile::tempdir().unwrap();
     AdapterFile::from_model(&toy, "mine", &toy.params, &with_prior, &AdapterMetadata::default())?
-        .write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
+        .write(dir.path(), ExportFormat::Peft)?;
     assert_eq!(AdapterFile::read(dir.path())?.method(), with_prior);
     std::fs::remove_file(dir.path().join(OWN_FILE)).unwrap();
     assert_eq!(AdapterFile::read(dir.path())?.method(), method);

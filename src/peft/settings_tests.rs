@@ -55,7 +55,7 @@ fn the_names_of_a_head_are_kept_beside_it() -> Result<()> {
     file.labels = Some(Labels::new(["no", "yes"])?);
     for monteclora in [None, Some(MonteCLoRAConfig::paper())] {
         file.monteclora = monteclora.clone();
-        file.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
+        file.write(dir.path(), ExportFormat::Peft)?;
         let read = AdapterFile::read(dir.path());
         match &monteclora {
             // With names alone, the file has no MonteCLoRA settings.
@@ -83,7 +83,7 @@ fn the_names_of_a_head_are_kept_beside_it() -> Result<()> {
     );
     file.labels = None;
     file.monteclora = None;
-    file.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
+    file.write(dir.path(), ExportFormat::Peft)?;
     assert!(!own.exists());
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use super::config::{OneOrMany, PeftConfig, TargetModules};
-use super::task::Task;
+use super::task_type::TaskType;
 use crate::adapter::low_rank;
 use crate::error::Result;
 use crate::inject::patterns::{block_numbers, ends, first_values, is_end, matching, Pattern};
@@ -86,7 +86,7 @@ impl PeftConfig {
     /// listed or not: before PEFT 0.11 (peft#1615) the configuration did not list it.
     pub(super) fn are_saved(&self, modules: &[&str]) -> Result<Vec<bool>> {
         let mut saved = vec![false; modules.len()];
-        let is_classifier = self.task() == Some(Task::SequenceClassification);
+        let is_classifier = self.task() == Some(TaskType::SequenceClassification);
         let heads = HEADS.iter().copied().filter(|_| is_classifier);
         for pattern in self.modules_to_save.iter().flatten().map(String::as_str).chain(heads) {
             let found = saves(pattern, modules)?;

@@ -67,7 +67,7 @@ pub(super) struct Files {
 impl Files {
     pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        adapter().write(dir.path(), ExportFormat::PeftMonteCLoRA).unwrap();
+        adapter().write(dir.path(), ExportFormat::Peft).unwrap();
         let config = std::fs::read_to_string(dir.path().join(CONFIG_FILE)).unwrap();
         let tensors = candle_core::safetensors::load(dir.path().join(WEIGHTS_FILE), &Device::Cpu).unwrap();
         Self { config: serde_json::from_str(&config).unwrap(), tensors }
@@ -103,7 +103,7 @@ impl Files {
 fn an_adapter_is_read_back_as_it_was_written() -> Result<()> {
     let dir = tempfile::tempdir().unwrap();
     let written = adapter();
-    written.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
+    written.write(dir.path(), ExportFormat::Peft)?;
     let read = AdapterFile::read(dir.path())?;
     assert_eq!(read.config, written.config);
     assert_eq!(read.layers.len(), 2);
@@ -141,9 +141,9 @@ fn writing_is_deterministic_replaces_and_leaves_nothing_behind() -> Result<()> {
     let dir = tempfile::tempdir().unwrap();
     let bytes = |dir: &Path| [CONFIG_FILE, WEIGHTS_FILE].map(|name| std::fs::read(dir.join(name)).unwrap());
     let inner = dir.path().join("new/folder");
-    adapter().write(&inner, ExportFormat::PeftMonteCLoRA)?;
+    adapter().write(&inner, ExportFormat::Peft)?;
     let first = bytes(&inner);
-    adapter().write(&inner, ExportFormat::PeftMonteCLoRA)?;
+    adapter().write(&inner, ExportFormat::Peft)?;
     assert_eq!(first, bytes(&inner));
     let header = String::from_utf8_lossy(&first[1][8..200]).into_owned();
     assert!(header.starts_with(r#"{"__metadata__":{"format":"pt"}"#), "{header}");
@@ -151,7 +151,7 @@ fn writing_is_deterministic_replaces_and_leaves_nothing_behind() -> Result<()> {
 
     let mut broken = adapter();
     broken.layers.get_mut(Q).unwrap().a = Tensor::full(f32::NAN, (3, 6), &Device::Cpu)?;
-    let message = broken.write(&inner, ExportFormat::PeftMonteCLoRA).unwrap_err().to_string();
+    let message = broken.write(&inner, ExportFormat::Peft).unwrap_err().to_string();
     assert!(message.contains("query.lora_A.weight") && message.contains("NaN"), "{message}");
     assert_eq!(first, bytes(&inner));
     assert_eq!(std::fs::read_dir(&inner).unwrap().count(), 2);
@@ -375,7 +375,7 @@ fn files_that_are_not_whole_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let message = || AdapterFile::read(dir.path()).unwrap_err().to_string();
     assert!(message().contains(CONFIG_FILE));
-    adapter().write(dir.path(), ExportFormat::PeftMonteCLoRA).unwrap();
+    adapter().write(dir.path(), ExportFormat::Peft).unwrap();
     let (config, weights) = (dir.path().join(CONFIG_FILE), dir.path().join(WEIGHTS_FILE));
     let (text, bytes) = (std::fs::read_to_string(&config).unwrap(), std::fs::read(&weights).unwrap());
     for length in [0, 5, 40, bytes.len() / 2, bytes.len() - 1] {
@@ -408,7 +408,7 @@ fn a_git_lfs_pointer_is_told_as_one_in_each_of_the_files() {
     let dir = tempfile::tempdir().unwrap();
     let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4400000\n";
     for file in [WEIGHTS_FILE, OWN_FILE, CONFIG_FILE] {
-        adapter().write(dir.path(), ExportFormat::PeftMonteCLoRA).unwrap();
+        adapter().write(dir.path(), ExportFormat::Peft).unwrap();
         std::fs::write(dir.path().join(file), pointer).unwrap();
         let message = AdapterFile::read(dir.path()).unwrap_err().to_string();
         assert!(message.contains(file) && message.contains("git lfs pull"), "{message}");

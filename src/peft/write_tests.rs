@@ -86,19 +86,19 @@ fn an_interrupted_write_is_refused_and_never_a_mixture() -> Result<()> {
         file.monteclora = Some(MonteCLoRAConfig { df: Some(sample_scaler), ..MonteCLoRAConfig::paper() });
         file
     };
-    own(9.0).write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
+    own(9.0).write(dir.path(), ExportFormat::Peft)?;
     let weights = dir.path().join(WEIGHTS_FILE);
     let before = fs::read(&weights).unwrap();
     // A folder in place of the weights file makes the write fail where a crash could.
     fs::remove_file(&weights).unwrap();
     fs::create_dir_all(weights.join("in the way")).unwrap();
-    let message = own(11.0).write(dir.path(), ExportFormat::PeftMonteCLoRA).unwrap_err().to_string();
+    let message = own(11.0).write(dir.path(), ExportFormat::Peft).unwrap_err().to_string();
     assert!(message.starts_with(&format!("{}: ", weights.display())), "{message}");
     fs::remove_dir_all(&weights).unwrap();
     fs::write(&weights, before).unwrap();
     let message = AdapterFile::read(dir.path()).unwrap_err().to_string();
     assert!(message.contains(CONFIG_FILE), "{message}");
-    own(11.0).write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
+    own(11.0).write(dir.path(), ExportFormat::Peft)?;
     assert_eq!(AdapterFile::read(dir.path())?.monteclora.unwrap().df, Some(11.0));
     Ok(())
 }
@@ -108,7 +108,7 @@ fn our_own_settings_are_checked_and_named() -> Result<()> {
     let dir = tempfile::tempdir().unwrap();
     let mut file = adapter();
     file.monteclora = Some(MonteCLoRAConfig::paper());
-    file.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
+    file.write(dir.path(), ExportFormat::Peft)?;
     let own = dir.path().join(OWN_FILE);
     let text = fs::read_to_string(&own).unwrap();
     for (from, to, words) in [
@@ -123,7 +123,7 @@ fn our_own_settings_are_checked_and_named() -> Result<()> {
         assert!(message.contains(OWN_FILE) && message.contains(words), "{message}");
     }
     file.monteclora = Some(MonteCLoRAConfig { df: Some(f64::NAN), ..MonteCLoRAConfig::paper() });
-    let message = file.write(dir.path(), ExportFormat::PeftMonteCLoRA).unwrap_err().to_string();
+    let message = file.write(dir.path(), ExportFormat::Peft).unwrap_err().to_string();
     assert!(message.contains(OWN_FILE) && message.contains("df"), "{message}");
     let layer = file.layers.get_mut(Q).unwrap();
     (file.monteclora, layer.a) = (None, filled(&[4, 6], 1.0));

@@ -22,7 +22,7 @@ use crate::models::decoder::{DecoderConfig, DecoderForCausalLM};
 use crate::models::generate::PosteriorWeights;
 use crate::models::hub::ModelFiles;
 use crate::noise::Noise;
-use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod, Task};
+use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod, TaskType};
 use crate::train::{CausalTuning, MethodHooks, MethodInit, Objective};
 
 /// The inputs that the cells of a language model's study have in common.
@@ -146,7 +146,7 @@ impl Learner for CellTrial<'_> {
     }
 
     fn adapter(&self, model: &LanguageModel, method: &AdapterMethod) -> Result<AdapterFile> {
-        let metadata = AdapterMetadata { task: Some(Task::CausalLm), ..AdapterMetadata::default() };
+        let metadata = AdapterMetadata { task: Some(TaskType::CausalLm), ..AdapterMetadata::default() };
         AdapterFile::from_model(&model.model, DEFAULT_ADAPTER, &model.params, method, &metadata)
     }
 

@@ -10,7 +10,7 @@ use super::head::{self, HeadSource};
 use super::hooks::{MethodHooks, StepDone};
 use super::method::{Method, MethodInit};
 use super::objective::{Loss, Objective};
-use super::saved::RunFolder;
+use super::run_folder::RunFolder;
 use super::settings::{self, Settings};
 use crate::adapter::{Context, Param, Params, Role};
 use crate::data::batch::{Batch, Batcher};
@@ -25,7 +25,7 @@ use crate::models::sequence::{SequenceClassifier, SequenceConfig};
 use crate::noise::Noise;
 use crate::ops;
 use crate::optim::Gradients;
-use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat, Task};
+use crate::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat, TaskType};
 use crate::predict::Predictor;
 use crate::util::files;
 
@@ -206,7 +206,7 @@ impl Classifier {
         match self.method.adapter() {
             Some(method) => {
                 let file = self.adapter_file(&method, Some(base_model.to_string()))?;
-                run.save_adapter(&file, ExportFormat::PeftMonteCLoRA)
+                run.save_adapter(&file, ExportFormat::Peft)
             }
             None if is_full => {
                 run.remove_adapter()?;
@@ -252,7 +252,7 @@ impl Classifier {
                 Some(self.labels.clone()).filter(|_| !is_numbered || of_files.foreign_problem().is_some())
             }
         };
-        let task = Some(Task::SequenceClassification);
+        let task = Some(TaskType::SequenceClassification);
         let revision = self.files.revision().map(str::to_string);
         let metadata = AdapterMetadata { base_model, revision, task, labels };
         let (model, name) = (self.model.as_ref(), inject::DEFAULT_ADAPTER);

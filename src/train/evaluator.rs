@@ -3,8 +3,8 @@
 use std::fmt;
 
 use super::classifier::Classifier;
-use super::evaluate::{batches, Evaluation, Predictions};
 use super::objective::{Observer, StepRecord};
+use super::predictions::{batches, Evaluation, Predictions};
 use crate::data::batch::Batch;
 use crate::data::encode::Encoded;
 use crate::error::{Error, Result};

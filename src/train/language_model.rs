@@ -5,7 +5,7 @@ use std::path::Path;
 use candle_core::{DType, Device};
 
 use super::method::MethodInit;
-use super::saved::Trained;
+use super::run_folder::Trained;
 use crate::adapter::Params;
 use crate::data::causal::PromptEncoder;
 use crate::data::encode::fit_vocabulary;

@@ -6,7 +6,7 @@ use candle_core::{DType, Device};
 
 use super::classifier::{Classifier, LoadPurpose};
 use super::method::{Method, MethodInit};
-use super::saved::Trained;
+use super::run_folder::Trained;
 use crate::error::{Error, Result};
 use crate::inject::Targets;
 use crate::labels::Labels;

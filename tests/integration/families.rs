@@ -326,7 +326,7 @@ fn a_head_that_peft_saved_in_part_is_completed_by_the_checkpoint_alone() -> Outc
     let mut file = AdapterFile::read(dir.path().join("adapter"))?;
     file.saved_modules.retain(|name, _| !name.starts_with("pooler."));
     file.config.modules_to_save = Some(vec!["classifier".into(), "score".into()]);
-    file.write(dir.path().join("part"), ExportFormat::PeftMonteCLoRA)?;
+    file.write(dir.path().join("part"), ExportFormat::Peft)?;
     let open = |files: &ModelFiles| {
         Classifier::open(&dir.path().join("part"), Some(files), DType::F32, &Device::Cpu)
     };
@@ -340,7 +340,7 @@ fn a_head_that_peft_saved_in_part_is_completed_by_the_checkpoint_alone() -> Outc
         two.saved_modules.insert(name.clone(), tensor.narrow(0, 0, 2)?);
     }
     two.labels = None;
-    two.write(dir.path().join("two"), ExportFormat::PeftMonteCLoRA)?;
+    two.write(dir.path().join("two"), ExportFormat::Peft)?;
     let opened = Classifier::open(&dir.path().join("two"), Some(&files), DType::F32, &Device::Cpu)?;
     let again = golden.logits(opened.model.as_ref(), &Pass::Mean.into())?;
     assert_close(&again, &logits.narrow(1, 0, 2)?, 1e-6)?;

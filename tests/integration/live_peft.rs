@@ -16,7 +16,7 @@ use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::save_merged;
 use monteclora::models::sequence::SequenceConfig;
 use monteclora::ops::{self, OpPath};
-use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat, Task};
+use monteclora::peft::{AdapterFile, AdapterMetadata, AdapterMethod, ExportFormat, TaskType};
 use monteclora::{DrawNoise, MonteCLoRA, MonteCLoRAConfig, Noise, Params, Pass, Posterior, Regularizer};
 
 use crate::families::{Golden, FAMILIES};
@@ -224,10 +224,10 @@ fn there_and_back(
         _ => return Err("a method without a test".into()),
     };
     scatter(&params)?;
-    let task = Some(if causal { Task::CausalLm } else { Task::SequenceClassification });
+    let task = Some(if causal { TaskType::CausalLm } else { TaskType::SequenceClassification });
     let origin = AdapterMetadata { base_model: Some("base".into()), task, ..Default::default() };
     let file = AdapterFile::from_model(model.adaptable(), DEFAULT_ADAPTER, &params, method, &origin)?;
-    file.write(dir.join("adapter"), ExportFormat::PeftMonteCLoRA)?;
+    file.write(dir.join("adapter"), ExportFormat::Peft)?;
     if causal {
         // An adapter for servers has no head; any version of PEFT reads it.
         for (name, fold_rslora) in [("serving", false), ("serving_folded", true)] {

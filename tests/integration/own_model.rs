@@ -164,7 +164,7 @@ fn standalone_layers_are_an_adapter_of_peft_and_come_back() -> Outcome {
     let method = AdapterMethod::MonteCLoRA(bayes());
     let file = AdapterFile::from_layers(&model.layers(), &params, &method, &AdapterMetadata::default())?;
     let dir = tempfile::tempdir()?;
-    file.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
+    file.write(dir.path(), ExportFormat::Peft)?;
     let read = AdapterFile::read(dir.path())?;
 
     let fresh = Params::new(Noise::new(2), &Device::Cpu);

@@ -60,7 +60,7 @@ fn peft_s_rank_stabilised_lora_has_the_scale_of_each_layer() -> Result<()> {
 fn peft_s_adapters_are_written_again_tensor_for_tensor() -> Result<()> {
     for name in ["roberta_monteclora", "bert_lora"] {
         let dir = tempfile::tempdir().map_err(monteclora::Error::io(name))?;
-        AdapterFile::read(folder(name))?.write(dir.path(), ExportFormat::PeftMonteCLoRA)?;
+        AdapterFile::read(folder(name))?.write(dir.path(), ExportFormat::Peft)?;
         let load = |dir: &Path| candle_core::safetensors::load(dir.join(WEIGHTS_FILE), &Device::Cpu);
         let (theirs, ours) = (load(&folder(name))?, load(dir.path())?);
         assert_eq!(theirs.len(), ours.len());

@@ -5,14 +5,14 @@ use super::config::PeftConfig;
 /// What an adapter was trained for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Task {
+pub enum TaskType {
     /// The classification of texts, by a head that the adapter contains.
     SequenceClassification,
     /// Language modelling.
     CausalLm,
 }
 
-impl Task {
+impl TaskType {
     /// Its name in PEFT's files.
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -24,8 +24,8 @@ impl Task {
 
 impl PeftConfig {
     /// The task, if it is one that this crate trains adapters for.
-    pub fn task(&self) -> Option<Task> {
-        let tasks = [Task::SequenceClassification, Task::CausalLm];
+    pub fn task(&self) -> Option<TaskType> {
+        let tasks = [TaskType::SequenceClassification, TaskType::CausalLm];
         tasks.into_iter().find(|task| self.task_type.as_deref() == Some(task.name()))
     }
 }
@@ -39,8 +39,8 @@ mod tests {
         let of = |name: Option<&str>| {
             PeftConfig { task_type: name.map(str::to_string), ..PeftConfig::default() }.task()
         };
-        assert_eq!(of(Some("SEQ_CLS")), Some(Task::SequenceClassification));
-        assert_eq!(of(Some("CAUSAL_LM")), Some(Task::CausalLm));
+        assert_eq!(of(Some("SEQ_CLS")), Some(TaskType::SequenceClassification));
+        assert_eq!(of(Some("CAUSAL_LM")), Some(TaskType::CausalLm));
         assert_eq!((of(Some("TOKEN_CLS")), of(None)), (None, None));
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 use super::classifier::Classifier;
-use super::evaluate::{batches, Predictions};
+use super::predictions::{batches, Predictions};
 use crate::adapter::Pass;
 use crate::data::batch::Batch;
 use crate::data::encode::{fit_vocabulary, Encoded, TextEncoder};
