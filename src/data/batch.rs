@@ -92,14 +92,15 @@ impl Batch {
         })
     }
 
-    /// The same rows, padded only to the longest of them.
+    /// The same rows, padded only to the longest of them, or to one token.
     ///
     /// # Errors
     /// If candle fails.
     pub fn without_padding(&self) -> Result<Self> {
         let mask = self.attention_mask.to_vec2::<u8>()?;
         let length = |row: &Vec<u8>| row.iter().rposition(|shown| *shown != 0).map_or(0, |last| last + 1);
-        let longest = mask.iter().map(length).max().unwrap_or(0);
+        let (_, all) = self.attention_mask.dims2()?;
+        let longest = mask.iter().map(length).max().unwrap_or(0).clamp(all.min(1), all);
         let part = |tensor: &Tensor| tensor.narrow(1, 0, longest);
         Ok(Self {
             input_ids: part(&self.input_ids)?,
