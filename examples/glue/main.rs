@@ -195,8 +195,7 @@ fn run(processes: &Processes) -> Outcome {
 fn start(args: &Args, name: MethodName, out: Option<&Path>) -> Outcome<MethodInit> {
     let mut start = args.method.start(name, out)?;
     if let (true, MethodInit::Adapter(file) | MethodInit::PostHoc(file, _)) = (args.new_head, &mut start) {
-        file.saved_modules.clear();
-        file.labels = None;
+        **file = file.as_ref().clone().without_head();
     }
     Ok(start)
 }

@@ -80,7 +80,10 @@ impl Run<'_> {
             check_apart("--model", Path::new(&self.base.model), &RunFolder::new(out).model())?;
         }
         let classifier = self.load(&model_files, &config)?;
-        let merged = self.writes.filter(|_| saves && self.args.merged && self.start.method() != Method::Full);
+        if self.args.merged && !saves && self.out.is_some() {
+            return Err("--merged: nothing is trained that could be written: give an --adapter".into());
+        }
+        let merged = self.writes.filter(|_| self.args.merged && self.start.method() != Method::Full);
         let merged = merged.map(|dir| RunFolder::new(dir).model());
         let is_there = |dir: &Path| self.args.train.resume && files::has_entries(dir);
         if let Some(dir) = merged.as_deref().filter(|dir| !is_there(dir)) {

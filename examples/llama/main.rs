@@ -35,10 +35,11 @@ use common::{interrupt, Outcome};
 use generation::GenerationOptions;
 use gguf::GgufOptions;
 use monteclora::data::causal::PromptEncoder;
+use monteclora::data::instruct::Format;
 use monteclora::models::decoder::DecoderConfig;
 use monteclora::models::Quantization;
 use monteclora::train::{Method, MethodName};
-use row_format::FormatOptions;
+use row_format::{FormatOptions, RowFormat};
 use rows::{Data, Input};
 use run::Setup;
 use serde_json::Value;
@@ -145,7 +146,8 @@ fn run(processes: &Processes) -> Outcome {
     interrupt::listen()?;
     let (mut args, given) = common::given::parse::<Args>();
     args.method.find_adapter()?;
-    args.format = Input::complete(&args.format, args.method.adapter.as_deref(), &given)?;
+    let (format, knows_format) = Input::complete(&args.format, args.method.adapter.as_deref(), &given)?;
+    args.format = format;
     args.task.benchmark()?; // fails here, not after an hour of training
     processes.join(&args.device)?;
     if let Some(rows) = &args.predict {
@@ -163,8 +165,10 @@ fn run(processes: &Processes) -> Outcome {
     let (length, ends) = (args.max_length, config.eos_token_ids.clone());
     let format = args.format.row_format(&files)?;
     args.format.tell_unread(&given);
-    let own_template = format.template_text().filter(|_| args.format.chat_template.is_some());
-    let own_template = own_template.map(str::to_string);
+    // A run that only writes an adapter in another form knows no format, unless the adapter's run had one.
+    let input = Some(Input::new(&args.format, &format)).filter(|_| knows_format || args.train.epochs > 0);
+    let writes_only = args.train.epochs == 0 && args.data.is_none() && args.held_out.is_none();
+    let format = if writes_only { RowFormat::Plain(Format::Gsm8k) } else { format };
     if ends.is_empty() && !format.is_chat() {
         tell_err!("{}: it names no end token: the model does not learn where answers end", base.model);
     }
@@ -190,7 +194,7 @@ fn run(processes: &Processes) -> Outcome {
     if !args.method.any(&methods, Method::has_posterior)? {
         given.without_effect(&["posterior_samples"], "the method has no posterior to draw from");
     }
-    let setup = Setup { args, base, files, config, encoder, own_template, data };
+    let setup = Setup { args, base, files, config, encoder, input, data };
     let mut table = Vec::new();
     for &name in &methods {
         let output = setup.args.output.as_ref();

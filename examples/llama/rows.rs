@@ -1,5 +1,6 @@
 //! The rows of a run: their format, those to train on, and those held out.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use monteclora::data::causal::{pack, PromptEncoder, Tokens};
@@ -18,31 +19,46 @@ use crate::common::output::tell;
 use crate::common::{asset, Outcome};
 
 /// How a run read its rows, so that what goes on from it puts its own in the same form.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Input {
     format: String,
     /// The run's own chat template, a file in its folder.
     chat_template: Option<PathBuf>,
+    /// The text of that template.
+    #[serde(skip)]
+    template: Option<String>,
 }
 
 impl Input {
-    /// Writes how a run reads its rows into its folder: the format and, if it is one of the run's own, the text of
-    /// the chat template.
-    pub fn write(format: &str, template: Option<&str>, dir: &Path) -> monteclora::Result<()> {
-        let name = "chat_template.jinja";
-        let written = template.map(|text| files::write(&dir.join(name), text.as_bytes())).transpose()?;
-        let chat_template = written.map(|()| name.into());
-        RunFolder::new(dir).save_input(&Self { format: format.to_string(), chat_template })
+    /// The file of the run's own chat template.
+    const TEMPLATE: &str = "chat_template.jinja";
+
+    /// The input of a run with these options, whose rows have this format.
+    pub fn new(options: &FormatOptions, format: &RowFormat) -> Self {
+        let template = format.template_text().filter(|_| options.chat_template.is_some());
+        let template = template.map(str::to_string);
+        let chat_template = template.is_some().then(|| Self::TEMPLATE.into());
+        Self { format: options.format.clone(), chat_template, template }
     }
 
-    /// The given format and chat template, and where they are not given, those of the run that wrote the adapter.
+    /// Writes it into the folder of a run.
+    pub fn write(&self, dir: &Path) -> monteclora::Result<()> {
+        if let Some(text) = &self.template {
+            files::write(&dir.join(Self::TEMPLATE), text.as_bytes())?;
+        }
+        RunFolder::new(dir).save_input(self)
+    }
+
+    /// The given format and chat template, and where they are not given, those of the run that wrote the adapter;
+    /// and whether the format is from either.
     pub fn complete(
         options: &FormatOptions,
         adapter: Option<&Path>,
         given: &Given,
-    ) -> Outcome<FormatOptions> {
+    ) -> Outcome<(FormatOptions, bool)> {
         let mut options = options.clone();
         let run = adapter.map(RunFolder::find_input::<Self>).transpose()?.flatten();
+        let is_known = given.has("format") || run.is_some();
         if let Some((dir, input)) = run {
             if !given.has("format") {
                 options.format = input.format.clone();
@@ -50,7 +66,7 @@ impl Input {
             let of_run = input.chat_template.filter(|_| options.format == input.format);
             options.chat_template = options.chat_template.or(of_run.map(|name| dir.join(name)));
         }
-        Ok(options)
+        Ok((options, is_known))
     }
 }
 
@@ -73,19 +89,17 @@ impl Data {
         encoder: &PromptEncoder,
     ) -> Outcome<Self> {
         tell!("template: {}", format.template());
+        let is_gsm8k = matches!(format, RowFormat::Plain(Format::Gsm8k));
+        let bundled = |name: &str| -> Outcome<Vec<Prompted>> {
+            format.read(&PathBuf::from(asset("gsm8k")?).join(name))
+        };
         let (mut rows, held_out) = match (&args.data, &args.held_out) {
             (Some(path), Some(held_out)) => (format.read(path)?, format.read(held_out)?),
             (Some(path), None) => format.read_parted(path)?,
-            (None, held_out) => {
-                let is_gsm8k = matches!(format, RowFormat::Plain(Format::Gsm8k));
-                if args.train.epochs > 0 && (held_out.is_some() || !is_gsm8k) {
-                    return Err("the bundled rows are those of GSM8K: give --data".into());
-                }
-                let (dir, bundled) = (PathBuf::from(asset("gsm8k")?), RowFormat::Plain(Format::Gsm8k));
-                let held_out = held_out.as_ref().map(|path| format.read(path)).transpose()?;
-                let held_out = held_out.map_or_else(|| bundled.read(&dir.join("test.jsonl")), Ok)?;
-                (bundled.read(&dir.join("train.jsonl"))?, held_out)
-            }
+            (None, Some(held_out)) if args.train.epochs == 0 => (Vec::new(), format.read(held_out)?),
+            (None, _) if !is_gsm8k => return Err("the bundled rows are those of GSM8K: give --data".into()),
+            (None, Some(held_out)) => (bundled("train.jsonl")?, format.read(held_out)?),
+            (None, None) => (bundled("train.jsonl")?, bundled("test.jsonl")?),
         };
         rows.truncate(args.train.limit(&rows).len());
         if held_out.is_empty() {
@@ -113,8 +127,9 @@ impl Data {
         };
         let prompt =
             args.prompt.as_ref().map(|prompt| format.prompt(prompt)).transpose()?.unwrap_or_else(fits);
-        let turn_ends = train.ends.iter().filter(|end| !config.eos_token_ids.contains(end));
-        let stop = config.eos_token_ids.iter().chain(turn_ends).copied().collect();
+        let turn_ends: BTreeSet<u32> = train.ends.iter().chain(&encoded.ends).copied().collect();
+        let turn_ends = turn_ends.into_iter().filter(|end| !config.eos_token_ids.contains(end));
+        let stop = config.eos_token_ids.iter().copied().chain(turn_ends).collect();
         let train = if args.packing { pack(&train.rows, args.max_length) } else { train.rows };
         Ok(Self { train, held_out: encoded.rows, held_out_texts: held_out, prompt, stop })
     }

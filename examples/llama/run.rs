@@ -36,8 +36,8 @@ pub struct Setup {
     pub files: ModelFiles,
     pub config: DecoderConfig,
     pub encoder: PromptEncoder,
-    /// The text of a chat template that is not the model's.
-    pub own_template: Option<String>,
+    /// How the rows are read, if that is known.
+    pub input: Option<Input>,
     pub data: Data,
 }
 
@@ -91,7 +91,7 @@ impl Setup {
         let log = writes.map(|dir| Log::create(dir, args.train.tensorboard)).transpose()?;
         let keep = || {
             let Some(dir) = writes.filter(|_| saves) else { return Ok(()) };
-            Input::write(&self.args.format.format, self.own_template.as_deref(), dir)?;
+            self.input.as_ref().map_or(Ok(()), |input| input.write(dir))?;
             match &adapter {
                 Some(adapter) => self.save_adapter(&model, &params, adapter, dir),
                 None if name == MethodName::Full => RunFolder::new(dir).remove_adapter(),

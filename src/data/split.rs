@@ -92,7 +92,7 @@ pub fn hold_out(strata: &[u32], share: f64, noise: Noise) -> Result<(Vec<usize>,
     strata.iter().for_each(|stratum| *sizes.entry(*stratum).or_default() += 1);
     let several: Vec<usize> = (0..strata.len()).filter(|place| sizes[&strata[*place]] > 1).collect();
     let count = (several.len() as f64 * share).round() as usize;
-    if share > 0.0 && (count == 0 || count == strata.len()) {
+    if share > 0.0 && (count == 0 || count == several.len()) {
         let reason = format!(
             "{share} of {} rows is {count}: at least one row must be held out, and one must remain",
             several.len()
@@ -137,6 +137,20 @@ mod tests {
             assert!(places.windows(2).all(|pair| pair[0] < pair[1]));
         }
         assert_eq!(stratified(&strata, 1000, Noise::new(1), Subset::Training).len(), 100);
+    }
+
+    #[test]
+    fn the_only_row_of_a_stratum_is_not_held_out() -> Result<()> {
+        let strata = [0, 1, 0, 2, 0, 0];
+        for seed in 0..20 {
+            let (stay, held) = hold_out(&strata, 0.5, Noise::new(seed))?;
+            assert_eq!((stay.len(), held.len()), (4, 2));
+            assert!(stay.contains(&1) && stay.contains(&3), "{stay:?}");
+        }
+        // Of two rows, not both: the class would not be trained on.
+        let error = hold_out(&[0, 0, 1], 0.8, Noise::new(1)).unwrap_err().to_string();
+        assert!(error.contains("0.8 of 2 rows is 2"), "{error}");
+        Ok(())
     }
 
     #[test]

@@ -170,6 +170,15 @@ impl AdapterFile {
         self.config.without_effect(&paths, &modules)
     }
 
+    /// The adapter without the head of its task, for another one.
+    pub fn without_head(mut self) -> Self {
+        self.saved_modules.clear();
+        self.labels = None;
+        self.config.modules_to_save = None;
+        self.config.task_type = None;
+        self
+    }
+
     /// The method of the file's layers, with PEFT's settings and, if this crate wrote the file, its own.
     ///
     /// An adapter that PEFT wrote gets [`MonteCLoRAConfig::peft`], the distribution it was trained with.

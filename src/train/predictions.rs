@@ -30,6 +30,8 @@ pub struct Predictions {
     /// The probabilities of the linearised model, if the caller adds them
     /// ([`LinearisedClassifier`](crate::bayes::LinearisedClassifier)).
     pub linearised: Option<Vec<Vec<f64>>>,
+    /// [`Encoded::row`] of each row.
+    rows: Vec<usize>,
     labels: Vec<Label>,
     positive: u32,
 }
@@ -138,9 +140,9 @@ impl Predictions {
         let (outputs, posterior) = merge(&parts, batches, classifier.model.num_labels(), samples > 0);
         let mean =
             if regression { outputs.clone() } else { outputs.iter().map(|row| softmax(row)).collect() };
-        let labels = rows.iter().map(|row| row.label).collect();
+        let (rows, labels) = rows.iter().map(|row| (row.row, row.label)).unzip();
         let positive = classifier.positive;
-        Ok(Self { logits: outputs, mean, posterior, linearised: None, labels, positive })
+        Ok(Self { logits: outputs, mean, posterior, linearised: None, rows, labels, positive })
     }
 
     /// Returns the labels of the rows, in order.
@@ -212,7 +214,7 @@ impl Predictions {
         metrics::class_scores(&predicted, &labels)
     }
 
-    /// Writes one JSON object per row: its index in the split from 0, label, logits, mean,
+    /// Writes one JSON object per row: its index in the data from 0, label, logits, mean,
     /// posterior and, if there are any, the probabilities of the linearised model.
     ///
     /// # Errors
@@ -227,7 +229,7 @@ impl Predictions {
             };
             let posterior = self.posterior.as_ref().map(|values| &values[i]);
             let mut row = json!({
-                "index": i, "label": label, "logits": self.logits[i], "mean": self.mean[i],
+                "index": self.rows[i], "label": label, "logits": self.logits[i], "mean": self.mean[i],
                 "posterior": posterior,
             });
             if let Some(values) = &self.linearised {

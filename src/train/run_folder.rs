@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::adapter::Params;
 use crate::error::{Error, Result};
@@ -59,17 +60,20 @@ impl RunFolder {
     }
 
     /// Reads what [`Self::save_input`] wrote in the run that `trained` belongs to, which is its folder or the
-    /// `adapter/` or `model/` of it; and the run's folder. `None` if it wrote nothing.
+    /// `adapter/` or `model/` of it; and the run's folder. `None` if it wrote nothing, or something of another type.
     ///
     /// # Errors
-    /// If the file cannot be read, or is not of this type.
+    /// If the file cannot be read, or is not JSON.
     pub fn find_input<T: DeserializeOwned>(trained: &Path) -> Result<Option<(PathBuf, T)>> {
         let whole = trained.canonicalize().unwrap_or_else(|_| trained.to_owned());
-        for folder in [Some(&*whole), whole.parent()].into_iter().flatten() {
+        let run = whole
+            .parent()
+            .filter(|run| [Self::new(*run).adapter(), Self::new(*run).model()].contains(&whole));
+        for folder in [Some(&*whole), run].into_iter().flatten() {
             let path = folder.join(Self::INPUT);
             if path.is_file() {
-                let input = json::parse(std::fs::read(&path).map_err(Error::io(&*path))?, &path)?;
-                return Ok(Some((folder.to_path_buf(), input)));
+                let input: Value = json::parse(std::fs::read(&path).map_err(Error::io(&*path))?, &path)?;
+                return Ok(T::deserialize(input).ok().map(|input| (folder.to_path_buf(), input)));
             }
         }
         Ok(None)
@@ -139,6 +143,9 @@ impl Trained {
         }
         for root in [dir, &run.model()] {
             if root.join("config.json").is_file() {
+                if base.is_some() {
+                    tracing::warn!("{}: it is a whole model: the given base is not used", root.display());
+                }
                 return Ok(Self::Model(ModelFiles::locate(&root.to_string_lossy(), None)?));
             }
         }
@@ -205,7 +212,10 @@ mod tests {
             let (folder, length) = RunFolder::find_input::<usize>(trained)?.unwrap();
             assert_eq!((folder, length), (dir.path().canonicalize().unwrap(), 64));
         }
-        assert!(RunFolder::find_input::<String>(dir.path()).is_err());
+        assert_eq!(RunFolder::find_input::<String>(dir.path())?, None);
+        assert_eq!(RunFolder::find_input::<usize>(&dir.path().join("other"))?, None);
+        std::fs::write(dir.path().join("input.json"), "{").unwrap();
+        assert!(RunFolder::find_input::<usize>(dir.path()).is_err());
         Ok(())
     }
 }

@@ -301,6 +301,14 @@ fn a_head_of_another_size_names_the_way_on() -> Outcome {
         let file = AdapterFile::read(dir.path().join("adapter"))?;
         let again = load(&files, Task::Rte, &MethodInit::Adapter(Box::new(file)))?;
         assert_eq!(says(&again)?, says(&new)?);
+        // Its layers go on with a head for something else.
+        let file = AdapterFile::read(dir.path().join("adapter"))?.without_head();
+        let start = MethodInit::Adapter(Box::new(file));
+        let other = Classifier::load_with_new_head(&files, 4, &start, noise, DType::F32, &cpu)?;
+        let a = |of: &Classifier| -> Outcome<Vec<f32>> {
+            Ok(of.params.of_role(Role::A)[0].1.var.flatten_all()?.to_vec1()?)
+        };
+        assert_eq!((says(&other)?[0].len(), a(&other)?), (4, a(&new)?));
     }
     Ok(())
 }

@@ -175,8 +175,13 @@ impl LinearisedPosterior {
                 Error::format(path, format!("expected {rank} positive variances of {layer}"))
             })?);
             let near = |(then, now): (&f64, f64)| (then - now).abs() <= SAME_WEIGHTS * now;
-            if !saved.norms.get(layer).is_some_and(|then| then.iter().zip(norms).all(near)) {
-                let reason = format!("it was made for other weights of {layer}: train or refit again");
+            let Some(then) = saved.norms.get(layer) else {
+                let reason =
+                    format!("it does not tell the weights of {layer} that it belongs to: refit again");
+                return Err(Error::format(path, reason));
+            };
+            if !then.iter().zip(norms).all(near) {
+                let reason = format!("it was made for other weights of {layer}: refit again");
                 return Err(Error::format(path, reason));
             }
         }
