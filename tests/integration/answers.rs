@@ -143,6 +143,9 @@ fn conversations_are_answered_by_the_template_and_the_turn_ends_of_their_run() -
     assert_eq!(run(&["--predict", "asked.jsonl", "--adapter", "out", "--format", "chat"])??, told);
     let expected = ("<s>Who ?\n".to_string(), "A cat .".to_string());
     assert_eq!(pairs(&told)?, [expected.clone(), expected]);
+    let draws = ["--predict", "asked.jsonl", "--adapter", "out", "--posterior-samples", "2"];
+    let error = run(&draws)?.err().ok_or("LoRA has no draws")?;
+    assert!(error.contains("has no posterior to draw from"), "{error}");
     // A whole model answers too.
     let full = "--data rows.jsonl --format completion --method full --lr 1e-2 --epochs 4 --output full";
     run(&full.split_whitespace().collect::<Vec<_>>())??;
