@@ -38,9 +38,9 @@ fn answers(lines: &str) -> Outcome<Vec<String>> {
     Ok(pairs(lines)?.into_iter().map(|(_, answer)| answer).collect())
 }
 
-/// The answers of an opened model to [`PROMPTS`], of at most 8 tokens.
+/// The answers of an opened model to [`PROMPTS`], of at most 16 tokens.
 fn of_library(language: &LanguageModel, weights: PosteriorWeights) -> Outcome<Vec<String>> {
-    let config = GenerateConfig { max_new_tokens: 8, weights, ..GenerateConfig::default() };
+    let config = GenerateConfig { max_new_tokens: 16, weights, ..GenerateConfig::default() };
     Ok(Generator::of(language, config).texts(&PROMPTS, &[])?)
 }
 
@@ -59,10 +59,11 @@ fn home() -> Outcome<tempfile::TempDir> {
 fn a_run_answers_prompts_as_the_library_does_in_the_form_that_it_was_trained_in() -> Outcome {
     let (program, home) = (example("llama")?, home()?);
     let run = |options: &[&str]| llama(&program, home.path(), options);
-    let train = "--data rows.jsonl --format completion --method monteclora --rank 4 --lr 2e-2 \
+    let train =
+        "--data rows.jsonl --format completion --method monteclora --rank 4 --sample-scaler 0.05 --lr 2e-2 \
                  --epochs 8 --max-new-tokens 4 --output out";
     run(&train.split_whitespace().collect::<Vec<_>>())??;
-    let predict = ["--predict", "asked.jsonl", "--adapter", "out", "--max-new-tokens", "8"];
+    let predict = ["--predict", "asked.jsonl", "--adapter", "out", "--max-new-tokens", "16"];
     let told = run(&predict)??;
     let prompts: Vec<String> = pairs(&told)?.into_iter().map(|(prompt, _)| prompt).collect();
     assert_eq!(prompts, PROMPTS);
@@ -84,6 +85,7 @@ fn a_run_answers_prompts_as_the_library_does_in_the_form_that_it_was_trained_in(
     // Averaged draws, a text to stop at, a file to write.
     let averaged = run(&[&predict[..], &["--posterior-samples", "3"]].concat())??;
     assert_eq!(answers(&averaged)?, of_library(&language, PosteriorWeights::Average(3))?);
+    assert_ne!(averaged, told);
     let stopped = run(&[&predict[..], &["--stop", " cat cat"]].concat())??;
     assert_eq!(answers(&stopped)?, ["", "", ""]);
     let nothing = run(&[&predict[..], &["--output", "answers"]].concat())??;
