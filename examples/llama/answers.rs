@@ -53,7 +53,7 @@ pub fn answer(args: &Args, rows: &Path, given: &Given, devices: &[Device]) -> Ou
         if let (None, Some(dir)) = (&out, &args.output) {
             out = Some(create(dir, rows)?);
         }
-        for (prompt, answer) in answered.by_ref().zip(texts) {
+        for (answer, prompt) in texts.into_iter().zip(answered.by_ref()) {
             let line = json!({"prompt": prompt, "answer": answer});
             match &mut out {
                 Some((path, file)) => writeln!(file, "{line}").map_err(Error::io(&*path))?,
