@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
+use indicatif::ProgressBar;
 use monteclora::data::chat;
 use monteclora::eval::Generator;
 use monteclora::models::generate::PosteriorWeights;
@@ -47,6 +48,11 @@ pub fn answer(args: &Args, rows: &Path, given: &Given, devices: &[Device]) -> Ou
     let generator = Generator { batch_size: args.batch_size, ..Generator::of(&language, config) };
 
     let all: Vec<&str> = prompts.iter().map(String::as_str).collect();
+    // On a terminal, answers that are printed tell the progress themselves.
+    let bar = match args.output {
+        Some(_) => common::progress(prompts.len() as u64, "answers"),
+        None => ProgressBar::hidden(),
+    };
     let (mut answered, mut out) = (all.iter(), None);
     generator.each_batch(&all, &args.generation.stops(), &mut |texts| {
         // Not before there is something to write: earlier answers stay until then.
@@ -59,9 +65,11 @@ pub fn answer(args: &Args, rows: &Path, given: &Given, devices: &[Device]) -> Ou
                 Some((path, file)) => writeln!(file, "{line}").map_err(Error::io(&*path))?,
                 None => output::result(&line.to_string())?,
             }
+            bar.inc(1);
         }
         interrupt::check(0)
     })?;
+    bar.finish_and_clear();
     if let Some((path, _)) = out {
         tell_err!("{}: {} rows", path.display(), prompts.len());
     }
