@@ -255,6 +255,11 @@ impl MethodOptions {
     }
 }
 
+/// The folder of a method's run below `--output`: with several methods, each has its own.
+pub fn output_of(output: Option<&Path>, name: MethodName, methods: &[MethodName]) -> Option<PathBuf> {
+    output.map(|dir| if methods.len() == 1 { dir.to_path_buf() } else { dir.join(name.as_str()) })
+}
+
 /// Refuses a run that would overwrite the folder that it starts from.
 pub fn check_apart(option: &str, source: &Path, target: &Path) -> Outcome {
     match (source.canonicalize(), target.canonicalize()) {

@@ -24,7 +24,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use common::given::Given;
-use common::options::{Base, MethodOptions};
+use common::options::{output_of, Base, MethodOptions};
 use common::output::{tell, tell_err};
 use common::processes::{self, Processes};
 use common::training::TrainOptions;
@@ -171,8 +171,7 @@ fn run(processes: &Processes) -> Outcome {
     tell_unread(&args, &given, &methods, &goal)?;
     let mut table = Vec::new();
     for &name in &methods {
-        let output = args.output.as_ref();
-        let output = output.map(|dir| if methods.len() == 1 { dir.clone() } else { dir.join(name.as_str()) });
+        let output = output_of(args.output.as_deref(), name, &methods);
         let out = output.as_deref();
         let run = Run {
             args: &args,

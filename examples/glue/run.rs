@@ -7,7 +7,7 @@ use indicatif::ProgressBar;
 use monteclora::bayes::{LinearisedClassifier, Temperature};
 use monteclora::data::batch::{Batch, Batcher};
 use monteclora::data::encode::{Encoded, TextEncoder};
-use monteclora::data::split::{at, strata, stratified, Subset};
+use monteclora::data::split::{measured, strata};
 use monteclora::data::task::Splits;
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::save::check_merged;
@@ -115,12 +115,11 @@ impl Run<'_> {
         tell_cut("training", &train, length);
         let tempers = self.goal.labels.len() > 1 && self.args.train.epochs > 0;
         let share = self.args.temperature_share.filter(|_| tempers).unwrap_or(0.0);
-        let (train, held_out) = temperature::split(&train, share, Noise::new(self.args.train.seed))?;
+        let (train, held_out) = temperature::split(train, share, Noise::new(self.args.train.seed))?;
         let mut dev = Vec::new();
         for (name, examples) in &data.dev {
-            let rows = encoder.encode(examples)?;
-            let count = self.args.limit_dev.filter(|_| name != TEST).unwrap_or(rows.len());
-            let rows = at(&rows, &stratified(&strata(&rows), count, Noise::new(0), Subset::Measured));
+            let limit = self.args.limit_dev.filter(|_| name != TEST);
+            let rows = measured(encoder.encode(examples)?, limit, strata);
             tell_cut(name, &rows, length);
             dev.push(Split { name: name.clone(), rows, batches: Vec::new() });
         }
@@ -219,6 +218,7 @@ impl Run<'_> {
             metrics["classes"] = serde_json::to_value(first.class_scores()?)?;
         }
         let written = self.write(&metrics, rows, &measured)?;
+        self.writes.map_or(Ok(()), draw_curves)?;
         let linearises = args.linearised && self.start.method().can_be_linearised() && goal.labels.len() > 1;
         if !linearises || !self.processes.is_first() {
             return Ok(written);
@@ -253,7 +253,6 @@ impl Run<'_> {
         metrics["peak_rss_mb"] = json!(train::peak_rss_bytes().map(|bytes| bytes as f64 / 1e6));
         if let Some(dir) = self.writes {
             files::write_json(&dir.join("metrics.json"), &metrics)?;
-            draw_curves(dir)?;
         }
         Ok(metrics)
     }

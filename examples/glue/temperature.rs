@@ -12,13 +12,16 @@ use crate::common::output::tell_err;
 use crate::common::Outcome;
 
 /// Splits rows into those to train on and a share of the labelled ones, stratified by class.
-pub fn split(rows: &[Encoded], share: f64, noise: Noise) -> Outcome<(Vec<Encoded>, Vec<Encoded>)> {
+pub fn split(rows: Vec<Encoded>, share: f64, noise: Noise) -> Outcome<(Vec<Encoded>, Vec<Encoded>)> {
+    if share == 0.0 {
+        return Ok((rows, Vec::new())); // without a copy
+    }
     let labelled: Vec<usize> = (0..rows.len()).filter(|row| rows[*row].label != Label::Unknown).collect();
-    let (_, held) = hold_out(&at(&strata(rows), &labelled), share, noise)
+    let (_, held) = hold_out(&at(&strata(&rows), &labelled), share, noise)
         .map_err(|why| format!("--temperature-share: {why}"))?;
     let held = at(&labelled, &held);
     let stay: Vec<usize> = (0..rows.len()).filter(|row| held.binary_search(row).is_err()).collect();
-    Ok((at(rows, &stay), at(rows, &held)))
+    Ok((at(&rows, &stay), at(&rows, &held)))
 }
 
 /// Fits a temperature on rows that were not trained on, and divides the head by it.

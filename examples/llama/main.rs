@@ -26,7 +26,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use common::options::MethodOptions;
+use common::options::{output_of, MethodOptions};
 use common::output::{tell, tell_err};
 use common::processes::{self, Processes};
 use common::tasks::TaskOptions;
@@ -197,8 +197,7 @@ fn run(processes: &Processes) -> Outcome {
     let setup = Setup { args, base, files, config, encoder, input, data };
     let mut table = Vec::new();
     for &name in &methods {
-        let output = setup.args.output.as_ref();
-        let output = output.map(|dir| if methods.len() == 1 { dir.clone() } else { dir.join(name.as_str()) });
+        let output = output_of(setup.args.output.as_deref(), name, &methods);
         table.push(setup.tune(name, output.as_deref(), processes)?);
     }
     print_table(&table);

@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 
 use monteclora::data::causal::{pack, PromptEncoder, Tokens};
 use monteclora::data::instruct::{Format, Prompted};
-use monteclora::data::split::{at, stratified, Subset};
+use monteclora::data::split::measured;
 use monteclora::models::decoder::DecoderConfig;
 use monteclora::train::RunFolder;
 use monteclora::util::files;
-use monteclora::Noise;
 use serde::{Deserialize, Serialize};
 
 use super::row_format::{FormatOptions, RowFormat};
@@ -105,12 +104,7 @@ impl Data {
         if held_out.is_empty() {
             return Err("--data: too few rows to hold some out; give --held-out".into());
         }
-        let held_out = match args.limit_held_out {
-            Some(count) => {
-                at(&held_out, &stratified(&vec![0; held_out.len()], count, Noise::new(0), Subset::Measured))
-            }
-            None => held_out,
-        };
+        let held_out = measured(held_out, args.limit_held_out, |rows| vec![0; rows.len()]);
         let (train, encoded) = (encoder.encode(&rows)?, encoder.encode(&held_out)?);
         for (name, rows) in [("training", &train), ("held-out", &encoded)] {
             if rows.rows.is_empty() && rows.dropped > 0 {

@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 use monteclora::data::causal::{PromptEncoder, Tokens};
 use monteclora::data::instruct::{self, Format, Prompted};
-use monteclora::data::split::{self, Subset};
+use monteclora::data::split;
 use monteclora::eval::Benchmark;
 use monteclora::models::decoder::DecoderConfig;
 use monteclora::models::generate::{GenerateConfig, Sampling};
 use monteclora::models::hub::ModelFiles;
 use monteclora::study::{EvaluatedTask, LanguageTrial};
-use monteclora::{train, Noise};
+use monteclora::train;
 use serde_json::{json, Value};
 
 use crate::common::options::text_length;
@@ -208,9 +208,7 @@ impl LanguageOptions {
             let rows = instruct::read(&path, format)?;
             // All cells are measured on the same rows.
             let right = |row: &Prompted| row.choices.as_ref().map_or(0, |choices| choices.correct as u32);
-            let strata: Vec<u32> = rows.iter().map(right).collect();
-            let count = limit.unwrap_or(rows.len());
-            let rows = split::at(&rows, &split::stratified(&strata, count, Noise::new(0), Subset::Measured));
+            let rows = split::measured(rows, limit, |rows| rows.iter().map(right).collect());
             let benchmark = self.benchmark.named(benchmark)?;
             let sampling = match &benchmark {
                 Benchmark::Code { samples, .. } if *samples > 1 => {

@@ -33,11 +33,10 @@ use common::tasks::BenchmarkOptions;
 use common::Outcome;
 use language::{LanguageData, LanguageOptions, Limits, BUNDLED};
 use monteclora::data::encode::{Encoded, TextEncoder};
-use monteclora::data::split::{self, Subset};
+use monteclora::data::split;
 use monteclora::data::task::{Splits, Task};
 use monteclora::models::hub::ModelFiles;
 use monteclora::models::sequence::SequenceConfig;
-use monteclora::noise::Noise;
 use monteclora::study::recipe::Recipe;
 use monteclora::study::{self, CellKey, Grid, PerTask, Plan, Progress, Shard, Trial};
 use monteclora::Error;
@@ -418,10 +417,8 @@ impl Data<'_> {
         let (_, dev) = splits.dev.first().ok_or_else(|| format!("{task}: there is no development set"))?;
         // Each seed draws its own training rows; the measured rows are the same in all cells.
         let train = encoder.encode(&splits.train)?;
-        let dev = encoder.encode(dev)?;
-        let limit = args.limit_dev.unwrap_or(dev.len());
-        let measured = split::stratified(&split::strata(&dev), limit, Noise::new(0), Subset::Measured);
-        Ok(Rows { task, train, dev: split::at(&dev, &measured) })
+        let dev = split::measured(encoder.encode(dev)?, args.limit_dev, split::strata);
+        Ok(Rows { task, train, dev })
     }
 
     fn splits(&self, task: Task) -> Outcome<Splits> {

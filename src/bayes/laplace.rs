@@ -38,6 +38,7 @@ use super::linearised::{each_part, scale_to, BatchRecord, Linearised, Maps, Taps
 use super::precision::most_evident;
 use crate::data::batch::Batch;
 use crate::error::{Error, Result};
+use crate::ops;
 use crate::predict::Predictor;
 use crate::util::check;
 use kron::{KroneckerBlock, Sums};
@@ -118,10 +119,8 @@ impl Laplace {
         let parameters = scope.parameters()?;
         let blocks = sums.par_iter().zip(&parameters).map(|(sums, (name, _))| sums.block(name, scale));
         let blocks = blocks.collect::<Result<_>>()?;
-        let square = |tensor: &Tensor| {
-            tensor.detach().to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>().map_err(Error::from)
-        };
-        let squared_norm = parameters.iter().map(|(_, tensor)| square(tensor)).sum::<Result<f64>>()?;
+        let squares = parameters.iter().map(|(_, tensor)| ops::sum_of_squares(tensor));
+        let squared_norm = squares.sum::<candle_core::Result<f64>>()?;
         let log_likelihood = scale * log_likelihood;
         Ok(Self { scope, blocks, squared_norm, log_likelihood, prior_precision: 1.0 })
     }

@@ -62,9 +62,6 @@ impl TrainedClassifier {
     /// As [`Self::predict`] and [`Classifier::evaluate`].
     pub fn evaluate(&self, examples: &[Example], draws: usize) -> Result<Metrics> {
         let classifier = self.classifier();
-        if draws > 0 {
-            classifier.check_has_posterior()?;
-        }
         let rows = classifier.encode(examples)?;
         let batches = batches(classifier, &rows, classifier.eval_batch_size())?;
         let mut predictions = Predictions::new(classifier, &rows, &batches, draws)?;

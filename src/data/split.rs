@@ -105,6 +105,19 @@ pub fn hold_out(strata: &[u32], share: f64, noise: Noise) -> Result<(Vec<usize>,
     Ok((stay, held))
 }
 
+/// The rows to measure on: all or, with a limit, a stratified draw of so many, whatever the seed of the training.
+/// `strata` gives the stratum of each row.
+pub fn measured<T: Clone>(
+    rows: Vec<T>,
+    limit: Option<usize>,
+    strata: impl FnOnce(&[T]) -> Vec<u32>,
+) -> Vec<T> {
+    match limit {
+        Some(count) => at(&rows, &stratified(&strata(&rows), count, Noise::new(0), Subset::Measured)),
+        None => rows,
+    }
+}
+
 /// The rows at these indices.
 ///
 /// # Panics
@@ -137,6 +150,15 @@ mod tests {
             assert!(places.windows(2).all(|pair| pair[0] < pair[1]));
         }
         assert_eq!(stratified(&strata, 1000, Noise::new(1), Subset::Training).len(), 100);
+    }
+
+    #[test]
+    fn measured_rows_are_all_or_a_stratified_draw() {
+        let strata = |rows: &[usize]| rows.iter().map(|row| sorted()[*row]).collect::<Vec<u32>>();
+        let rows: Vec<usize> = (0..100).collect();
+        assert_eq!(measured(rows.clone(), None, strata), rows);
+        assert_eq!(measured(rows.clone(), Some(200), strata), rows);
+        assert_eq!(counts(&sorted(), &measured(rows, Some(20), strata)), [12, 6, 2]);
     }
 
     #[test]

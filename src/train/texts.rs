@@ -129,7 +129,7 @@ impl Classifier {
     }
 
     /// Checks that the method has a posterior to draw from.
-    pub(crate) fn check_has_posterior(&self) -> Result<()> {
+    pub(super) fn check_has_posterior(&self) -> Result<()> {
         if self.method().has_posterior() {
             return Ok(());
         }

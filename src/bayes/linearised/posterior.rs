@@ -27,7 +27,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::predictive::Linearised;
@@ -252,7 +252,7 @@ struct Curvature {
 impl Curvature {
     fn new(layer: &LayerRecord, roots: &[Vec<Vec<f64>>]) -> Result<Self> {
         let (_, _, in_dim) = layer.inputs.dims3()?;
-        let inputs = layer.inputs.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
+        let inputs = ops::sum_of_squares(&layer.inputs)?;
         let square = layer.output_square(roots)?.to_vec2::<f64>()?;
         let gradients = square.iter().enumerate().map(|(i, row)| row[i]).collect();
         Ok(Self { in_dim, tokens: layer.tokens, inputs, gradients })

@@ -15,7 +15,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{Tensor, Var};
 
 use super::record::{BatchRecord, LayerRecord, Places, Wanted};
 use crate::adapter::{
@@ -189,9 +189,7 @@ impl Taps {
 
     /// The Frobenius norms of A and of s B of every layer, in the order of the model.
     pub(super) fn norms(&self) -> Result<Vec<[f64; 2]>> {
-        let norm = |tensor: &Tensor| -> Result<f64> {
-            Ok(tensor.detach().to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt())
-        };
+        let norm = |tensor: &Tensor| -> Result<f64> { Ok(ops::sum_of_squares(tensor)?.sqrt()) };
         let of_layer = |Tapped { pair, .. }: &Tapped| Ok([norm(pair.a())?, pair.scale() * norm(pair.b())?]);
         self.layers.iter().map(of_layer).collect()
     }
